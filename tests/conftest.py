@@ -1,0 +1,8 @@
+"""The seven files lie one folder up; tests import them from there. Two threads, as on the machine the README speaks of."""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+torch.set_num_threads(2)
