@@ -1,6 +1,36 @@
 """Denoising diffusion: images from noise in many small steps (DDPM, DDIM, DPM-Solver++).
 
-HEADER-TODO
+A network learns to see through Gaussian noise of every strength. Sampling starts from noise alone
+and removes a little of it, again and again, until an image is left.
+
+Slides     Converting samples, Flow between distributions, Diffusion models, Noise schedule,
+           Training and Sampling a diffusion model, Predicting images instead of noise,
+           Add time dependency, SiLU
+Equations  add noise       x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,   eps ~ N(0, I)
+           schedule        abar_t = prod_{i<=t} (1 - beta_i)      from abar_0 = 1 to abar_T near 0
+           loss            |f(x_t, t) - target|^2     target: eps, x_0, or v, a mixture of the two
+           sample          x_{t-1} = (x_t - (1 - alpha_t)/sqrt(1 - abar_t) eps)/sqrt(alpha_t)
+                                     + sqrt(beta_t) z,   z ~ N(0, I) if t > 1 else 0
+           guidance        out = f(x_t, t, none) + w (f(x_t, t, y) - f(x_t, t, none))
+Notation   t         t       (B,)            time, 1..T; tables have T + 1 entries, 0 is clean
+           abar_t    abar    (T+1,)          share of the image's variance left in x_t
+           x_0, x_t  x0, xt  (B, C, H, W)    the image, and under noise; pixels in [-1, 1]
+           eps, z    eps, z  (B, C, H, W)    noise
+           y         y       (B,)            class, `classes` for none
+           D                                 length of the vector that holds time and class
+Run        python ddpm.py --train                             digits
+           python ddpm.py --sample --num 1000 --save x.npz    from your model, or the one enclosed
+           python ddpm.py --train --data spiral               the flow, in the plane
+           python ddpm.py --train --data cifar10 --size paper --unconditional --flip
+Expect     EXPECT-TODO
+Left out   learned variances, the full list of samplers, other architectures; text as the
+           condition and latents instead of pixels are in latent_diffusion.py
+Try        1. --predict eps, then v, each into an --out of its own, then --compare the three.
+           2. --sample --guidance 0, 1, 3, 10: what is gained, what is lost?
+           3. --sample --sampler ddpm, ddim and dpm++ with --sample-steps 5, 10, 50.
+Papers     Ho et al. 2020, DDPM; Nichol & Dhariwal 2021, Improved DDPM; Song et al. 2021, DDIM;
+           Salimans & Ho 2022, v; Ho & Salimans 2022, guidance; Lu et al. 2022, DPM-Solver++;
+           Hang et al. 2023, min-SNR; Lugmayr et al. 2022, RePaint
 """
 import argparse
 import copy
@@ -57,7 +87,7 @@ def parse_args(argv=None, config=None):
     add = p.add_argument
     # what to do
     add("--train", action="store_true", help="train, then write samples and a checkpoint")
-    add("--sample", action="store_true", help="sample from OUT/model.pt, or else pretrained/ddpm.pt")
+    add("--sample", action="store_true", help="draw from OUT/model.pt, or else pretrained/ddpm.pt")
     add("--bpd", action="store_true", help="bits per dimension of the test set, term by term")
     add("--inpaint", action="store_true", help="complete the lower half of test images")
     add("--compare", nargs="+", metavar="PT", help="several checkpoints from the same noise")
@@ -102,7 +132,7 @@ def parse_args(argv=None, config=None):
         "more typical and less varied samples")
     add("--sampler", choices=["ddpm", "ddim", "dpm++"], help="ancestral, implicit, second order")
     add("--sample-steps", type=positive, help="steps from noise to image, at most T")
-    add("--eta", type=float, default=0.0, help="ddim's noise: 0 none, 1 as ddpm --variance posterior")
+    add("--eta", type=float, default=0.0, help="ddim's noise: 0 none, 1 as much as ancestral")
     add("--variance", choices=["beta", "posterior"], default="beta",
         help="ddpm's noise: the slide's beta_t, or the variance of q(x_{t-1} | x_t, x_0)")
     p.set_defaults(**(config or {}))
@@ -195,10 +225,12 @@ class Attention(nn.Module):
 
     def __init__(self, C):
         super().__init__()
-        self.norm, self.qkv, self.out = group_norm(C), nn.Conv2d(C, 3 * C, 1), zero(nn.Conv2d(C, C, 1))
+        self.norm, self.qkv = group_norm(C), nn.Conv2d(C, 3 * C, 1)
+        self.out = zero(nn.Conv2d(C, C, 1))
 
     def forward(self, x):  # (B, C, H, W)
-        q, k, v = self.qkv(self.norm(x)).flatten(2).mT[:, None].chunk(3, dim=3)  # (B, 1, HW, C) each
+        qkv = self.qkv(self.norm(x)).flatten(2).mT[:, None]  # (B, 1, HW, 3C)
+        q, k, v = qkv.chunk(3, dim=3)  # (B, 1, HW, C) each
         h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, HW, C)
         return x + self.out(h[:, 0].mT.reshape(x.shape))  # (B, C, H, W)
 
@@ -244,14 +276,16 @@ class UNet(nn.Module):
             if i < len(mults) - 1:
                 self.down.append(nn.Conv2d(ch, ch, 3, stride=2, padding=1))
                 skips.append(ch)
-        self.middle = nn.ModuleList([ResBlock(ch, ch, D, dropout, attend) for attend in (True, False)])
+        self.middle = nn.ModuleList([ResBlock(ch, ch, D, dropout, True),
+                                     ResBlock(ch, ch, D, dropout, False)])
         for i, m in reversed(list(enumerate(mults))):
             for _ in range(blocks + 1):
                 self.up.append(ResBlock(ch + skips.pop(), m * width, D, dropout, i in attention))
                 ch = m * width
             if i > 0:
                 self.up.append(nn.Conv2d(ch, ch, 3, padding=1))
-        self.norm_out, self.conv_out = group_norm(ch), zero(nn.Conv2d(ch, C * patch**2, 3, padding=1))
+        self.norm_out = group_norm(ch)
+        self.conv_out = zero(nn.Conv2d(ch, C * patch**2, 3, padding=1))
 
     def forward(self, x, t, y=None):
         emb = self.time_mlp(time_basis(t * (1000 / self.T), self.width))  # (B, D)
@@ -489,7 +523,7 @@ def train(args, ckpt=None):
                 x = generate(args, ema, class_labels(args, 80))
                 save_png(args.out / f"step_{step:06}.png", grid(x, 10)[None])
         if stop:
-            say(f"stopped at step {step}; go on with: python {NAME}.py --train --resume --out {args.out}")
+            say(f"stopped at {step}; to go on: python {NAME}.py --train --resume --out {args.out}")
             break
     return ema
 
@@ -509,7 +543,7 @@ def class_labels(args, num):
 
 
 def noise_of(args, *size):
-    """Noise (*size, C, H, W) of --seed; drawn on the CPU, so that all devices start from the same."""
+    """Noise (*size, C, H, W) of --seed, drawn on the CPU: the same whatever the device."""
     return torch.randn(*size, *args.shape, generator=torch.Generator().manual_seed(args.seed))
 
 
@@ -656,7 +690,8 @@ def bits_per_dim(args, model):
     say(f"  prior L_T         {mean[0]:9.5f}")
     edges = sorted({2, *(max(2, T * k // 100) for k in (1, 10, 25, 50)), T + 1}, reverse=True)
     for hi, lo in zip(edges, edges[1:]):
-        say(f"  L_t {lo:5}..{hi - 1:<5}  {sum(mean[lo:hi]):9.5f} +- {math.hypot(*error[lo:hi]):.5f}")
+        part, e = sum(mean[lo:hi]), math.hypot(*error[lo:hi])
+        say(f"  L_t {lo:5}..{hi - 1:<5}  {part:9.5f} +- {e:.5f}")
     say(f"  decoder L_0       {mean[1]:9.5f} +- {error[1]:.5f}")
     say(f"  total             {sum(mean):9.5f} +- {math.hypot(*error):.5f}")
     picture = plot({"L_t": (range(1, T + 1), mean[1:])}, "t", "bits/dim", log=True)
@@ -754,7 +789,8 @@ def sample_points(args, model, side=300, reach=2.6):
     denoise = make_denoiser(model, None, abar, args.predict, 1.0)
     with torch.no_grad():
         sample_loop(denoise, noise_of(args, 2000).to(args.device), abar, args.sampler,
-                    args.sample_steps, args.eta, args.variance, lambda t, x, x0: path.update({t: x}))
+                    args.sample_steps, args.eta, args.variance,
+                    keep=lambda t, x, x0: path.update({t: x}))
         times, data = list(path), toy_points(args)[0]  # times from T down to 0
         line = torch.linspace(-0.9 * reach, 0.9 * reach, 16)
         mesh, fields = torch.cartesian_prod(line, line).to(args.device), []  # (256, 2)
@@ -773,7 +809,8 @@ def sample_points(args, model, side=300, reach=2.6):
             draw_line(paths, p, q, grey)
     below = [panel("noise", (path[times[0]], blue)), paths, panel("samples", (path[0], red)),
              panel("data", (data[:2000], dark))]
-    save_png(args.out / "flow.png", stack([np.concatenate(fields, 1), np.concatenate(below, 1)])[None])
+    picture = stack([np.concatenate(fields, 1), np.concatenate(below, 1)])
+    save_png(args.out / "flow.png", picture[None])
     film = [panel(f"t={t}", (path[t], blue)) for t in times[::max(1, len(times) // 40)]]
     save_png(args.out / "trajectory.png", np.stack(film + [panel("t=0", (path[0], red))] * 10))
     np.savez(args.save or args.out / "samples.npz", path[0].cpu().numpy())
@@ -836,9 +873,10 @@ def positive(text):
 
 
 def pick_device(device):
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """auto: cuda, then mps, then cpu."""
+    best = "mps" if torch.backends.mps.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else best
+    return best if device == "auto" else device
 
 
 def setup(args):
@@ -869,8 +907,9 @@ def autocast(args):
 
 def digest(path, like):
     """The file's md5, sha1 or sha256 as hex, whichever is as long as `like`."""
+    kind = {32: "md5", 40: "sha1", 64: "sha256"}[len(like)]
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, {32: "md5", 40: "sha1", 64: "sha256"}[len(like)]).hexdigest()
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 def fetch(urls, path, checksum):
@@ -891,8 +930,8 @@ def fetch(urls, path, checksum):
             faults.append(f"{url}: {e}")
         finally:
             part.unlink(missing_ok=True)
-    die(f"{path} is missing and could not be downloaded ({'; '.join(faults)}); get it from {urls[0]}"
-        f" (checksum {checksum}) and put it there")
+    die(f"{path} is missing and could not be downloaded ({'; '.join(faults)}); get it from "
+        f"{urls[0]} (checksum {checksum}) and put it there")
 
 
 def data_file(args, file):
@@ -900,7 +939,8 @@ def data_file(args, file):
     (mirrors, sums), path = DATASETS[args.data], args.data_dir / args.data / file
     if not path.exists() and args.data == "cifar10":
         name = next(iter(sums))  # all files come in one archive
-        with tarfile.open(fetch([m + name for m in mirrors], path.with_name(name), sums[name])) as tar:
+        archive = fetch([m + name for m in mirrors], path.with_name(name), sums[name])
+        with tarfile.open(archive) as tar:
             for member in tar:
                 if (file_name := Path(member.name).name) in sums:
                     part = path.with_name(f"{file_name}.{os.getpid()}.part")
@@ -919,12 +959,13 @@ def load_data(args, split):
     or "test", which in a file of your own is its last tenth."""
     if args.data in ("mnist", "fashion"):
         name = {"train": "train", "test": "t10k"}[split]
-        images, labels = (np.frombuffer(data_file(args, f"{name}-{kind}-ubyte.gz"), np.uint8, offset=k)
-                          for kind, k in (("images-idx3", 16), ("labels-idx1", 8)))
-        images = images.reshape(-1, 1, 28, 28)
+        images, labels = (np.frombuffer(data_file(args, f"{name}-{kind}-ubyte.gz"), np.uint8)
+                          for kind in ("images-idx3", "labels-idx1"))
+        images, labels = images[16:].reshape(-1, 1, 28, 28), labels[8:]  # behind their headers
     elif args.data == "cifar10":
-        files = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
-        records = np.frombuffer(b"".join(data_file(args, f) for f in files), np.uint8).reshape(-1, 3073)
+        names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+        records = np.frombuffer(b"".join(data_file(args, f"{n}.bin") for n in names), np.uint8)
+        records = records.reshape(-1, 3073)  # a label, then planes of red, green and blue
         labels, images = records[:, 0], records[:, 1:].reshape(-1, 3, 32, 32)
     else:
         images, labels = own_data(args.data)
@@ -950,8 +991,8 @@ def own_data(path):
     found = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items())
     if (images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) < 2
             or images.ndim == 4 and images.shape[3] not in (1, 3)):
-        die(f"--data {path}: expected 'images', uint8 of (N, H, W) or (N, H, W, 1 or 3), N at least "
-            f"2; found {found}")
+        die(f"--data {path}: expected 'images', uint8 of (N, H, W) or (N, H, W, 1 or 3), two or "
+            f"more; found {found}")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"
                                or labels.min() < 0):
         die(f"--data {path}: expected 'labels', whole numbers from 0, one an image; found {found}")
@@ -971,8 +1012,8 @@ def to_uint8(x):
 def grid(images, cols, width=900):
     """Images (N, C, H, W) uint8 -> a picture (H', W', 3), row by row, enlarged to about width."""
     x = images.cpu().numpy().transpose(0, 2, 3, 1)  # (N, H, W, C)
-    x = np.concatenate([x, np.zeros((-len(x) % cols, *x.shape[1:]), np.uint8)]).repeat(3 // x.shape[3], 3)
-    k = max(1, min(8, width // (cols * x.shape[2])))
+    x = np.concatenate([x, np.zeros((-len(x) % cols, *x.shape[1:]), np.uint8)])
+    x, k = x.repeat(3 // x.shape[3], 3), max(1, min(8, width // (cols * x.shape[2])))
     x = np.pad(x.repeat(k, 1).repeat(k, 2), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=90)
     N, H, W, _ = x.shape
     return x.reshape(N // cols, cols, H, W, 3).swapaxes(1, 2).reshape(N // cols * H, cols * W, 3)
@@ -1014,7 +1055,7 @@ def draw_line(picture, p, q, colour, thick=1):
 
 
 def draw_text(picture, text, col, row, colour=(0, 0, 0)):
-    """Text, in capitals 10 pixels high, into picture (H, W, 3) from (col, row) on, cut at its right."""
+    """Text, in capitals 10 pixels high, into picture (H, W, 3) from (col, row) to its border."""
     for i, char in enumerate(text.upper()[:(picture.shape[1] - col) // 8]):
         bits = np.array([[int(d) >> s & 1 for s in (2, 1, 0)] for d in FONT.get(char, FONT[" "])])
         bits = bits.repeat(2, 0).repeat(2, 1).astype(bool)
@@ -1031,8 +1072,8 @@ def caption(text, width):
 def plot(curves, xlabel, ylabel="", log=False, W=900, H=400):
     """Curves {name: (xs, ys)} as a picture (H, W, 3); log: the vertical axis is logarithmic."""
     picture, left, right, top, bottom = np.full((H, W, 3), 255, np.uint8), 100, W - 50, 30, H - 45
-    curves = {name: (np.array(x, float), np.log10(np.maximum(y, 1e-12)) if log else np.array(y, float))
-              for name, (x, y) in curves.items()}
+    scale = (lambda y: np.log10(np.maximum(y, 1e-12))) if log else np.array
+    curves = {name: (np.array(x, float), scale(y).astype(float)) for name, (x, y) in curves.items()}
     xs, ys = (np.concatenate([c[i] for c in curves.values()]) for i in (0, 1))
     xs, ys = ((v.min(), max(v.max(), v.min() + 1e-9)) for v in (xs, ys))
     col = lambda x: left + (x - xs[0]) / (xs[1] - xs[0]) * (right - left)
