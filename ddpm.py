@@ -44,7 +44,6 @@ import signal
 import struct
 import sys
 import tarfile
-import threading
 import time
 import urllib.request
 import zipfile
@@ -373,15 +372,21 @@ def dpmpp_step(xt, x0, a_t, a_s, x0_prev, a_prev):
     return math.sqrt((1 - a_s) / (1 - a_t)) * xt - math.sqrt(a_s) * math.expm1(lam_t - lam_s) * x0
 
 
+def stride(T, steps):
+    """Pairs (t, s) from T down to 0 in `steps` equal strides, at most T of them."""
+    steps = min(steps, T)
+    times = [round(T * i / steps) for i in range(steps, -1, -1)]
+    return list(zip(times, times[1:]))
+
+
 @torch.no_grad()
 def sample_loop(denoise, x, abar, sampler, steps, eta=0.0, variance="beta", keep=None):
     """From noise x = x_T to x_0 in `steps` equal strides; steps = T visits every t (Algorithm 2).
 
     denoise(x, t) guesses x_0; keep(t, x, x0), if given, is shown every state on the way.
     """
-    a, T, x0_prev, a_prev = abar.tolist(), len(abar) - 1, None, None
-    times = [round(T * i / steps) for i in range(steps, -1, -1)]  # T ... 0
-    for t, s in zip(times, times[1:]):
+    a, x0_prev, a_prev = abar.tolist(), None, None
+    for t, s in stride(len(abar) - 1, steps):
         x0 = denoise(x, t)
         if keep:
             keep(t, x, x0)
@@ -525,6 +530,7 @@ def train(args, ckpt=None):
         if stop:
             say(f"stopped at {step}; to go on: python {NAME}.py --train --resume --out {args.out}")
             break
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return ema
 
 
@@ -712,13 +718,13 @@ def inpaint(args, model, answers=6, rounds=4):
     real = to_float(images[list(pick)])  # (R, C, H, W)
     known, R = real.repeat_interleave(answers, 0), len(real)
     mask = (torch.arange(known.shape[2], device=known.device) < known.shape[2] // 2)[:, None]
-    abar, steps = schedule_of(args), min(args.timesteps, 100)
-    a, times = abar.tolist(), [round(args.timesteps * i / steps) for i in range(steps, -1, -1)]
+    abar = schedule_of(args)
+    a = abar.tolist()
     y = torch.full((len(known),), args.classes, device=known.device) if args.classes else None
     denoise = make_denoiser(model, y, abar, args.predict, 1.0)  # y says "none" to all
     torch.manual_seed(args.seed)
     x = torch.randn_like(known)
-    for t, s in tqdm(list(zip(times, times[1:])), desc="inpaint", leave=False, disable=None):
+    for t, s in tqdm(stride(args.timesteps, 100), desc="inpaint", leave=False, disable=None):
         for again in range(rounds if s else 1):
             if again:  # forward from s to t: q(x_t | x_s)
                 x = math.sqrt(a[t] / a[s]) * x + math.sqrt(1 - a[t] / a[s]) * torch.randn_like(x)
@@ -1140,7 +1146,7 @@ def ctrl_c():
         pressed.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    if WORLD == 1 and threading.current_thread() is threading.main_thread():
+    if WORLD == 1:
         signal.signal(signal.SIGINT, handler)
     return pressed
 
@@ -1188,6 +1194,8 @@ def main(argv=None):
                 verb(args, model)
     except OSError as e:  # disk full, no right to write: the last checkpoint is whole
         die(f"cannot write to {e.filename or args.out}: {e.strerror or e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

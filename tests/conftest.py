@@ -1,4 +1,6 @@
-"""The seven files lie one folder up; tests import them from there. Two threads, as on the machine the README speaks of."""
+"""The seven files lie one folder up; tests import them from there. Two threads, as on the machine
+the README speaks of."""
+
 import sys
 from pathlib import Path
 

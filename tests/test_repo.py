@@ -1,0 +1,135 @@
+"""The house rules: what the files may import, how they are laid out, and that the README tells the
+truth about them."""
+
+import ast
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted(ROOT.glob("*.py"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+HEADINGS = ["Slides", "Equations", "Notation", "Run", "Expect", "Left out", "Try", "Papers"]
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+
+
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@each_file
+def test_imports(path):
+    """Standard library, torch, numpy, tqdm; no file imports another."""
+    for node in ast.walk(tree(path)):
+        names = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+        for name in names:
+            top = name.split(".")[0]
+            assert top in sys.stdlib_module_names or top in ("torch", "numpy", "tqdm"), name
+
+
+@each_file
+def test_header(path):
+    """A docstring of 25 to 45 lines with the headings, in order, at the beginning of lines."""
+    doc = ast.get_docstring(tree(path))
+    assert 25 <= len(doc.splitlines()) <= 45
+    places = [re.search(rf"^{h}\b", doc, re.M) for h in HEADINGS]
+    assert all(places) and [p.start() for p in places] == sorted(p.start() for p in places)
+
+
+@each_file
+def test_order(path):
+    """parse_args comes before the maths, plumbing behind it, main last."""
+    names = [n.name for n in tree(path).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    assert names[0] == "parse_args" and names[-1] == "main"
+    assert names.index("train") < names.index("die")
+
+
+@each_file
+def test_lines(path):
+    """At most 100 columns, no tabs, no trailing blanks."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        assert len(line) <= 100 and "\t" not in line and line == line.rstrip(), f"line {number}"
+
+
+@each_file
+def test_docstrings(path):
+    """Every class and every function of the lesson, that is before the plumbing, says what it
+    does."""
+    body = tree(path).body
+    for node in body:
+        if isinstance(node, ast.FunctionDef) and node.name == "die":
+            break
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            lines = node.end_lineno - node.lineno
+            assert ast.get_docstring(node) or lines < 4, node.name
+
+
+@each_file
+def test_help(path, capsys):
+    """--help names every flag, each with a text; without arguments the file prints the same."""
+    module = importlib.import_module(path.stem)
+    for argv in (["--help"], []):
+        with pytest.raises(SystemExit) as stop:
+            module.main(argv)
+        text = capsys.readouterr().out
+        assert stop.value.code == 0 and "--train" in text and "--device" in text
+    flags = re.findall(r"^  (--[a-z-]+)", text, re.M)
+    assert len(flags) > 20
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "add":
+            assert any(k.arg == "help" for k in node.keywords), node.args[0].value
+
+
+def commands():
+    """Every `python <file>.py ...` of the README's code blocks, without comments."""
+    for block in re.findall(r"```(?:sh|bash)?\n(.*?)```", README, re.S):
+        for line in block.splitlines():
+            if match := re.search(r"(?:python|torchrun\s.*?) (\w+\.py)(.*)", line.split("#")[0]):
+                yield match.group(1), match.group(2)
+
+
+def test_readme_commands_parse():
+    """Each command of the README names an existing file and flags that it knows."""
+    found = list(commands())
+    assert len(found) > 5
+    for file, rest in found:
+        assert (ROOT / file).exists(), file
+        if (ROOT / file) in FILES:
+            importlib.import_module(file[:-3]).parse_args(shlex.split(rest))
+
+
+def test_readme_links_and_pictures_exist():
+    """What the README links to inside the repository is there."""
+    for target in re.findall(r"\]\((?!http|#)([^)]+)\)|src=\"([^\"]+)\"", README):
+        assert (ROOT / (target[0] or target[1])).exists(), target
+
+
+def test_readme_counts_lines():
+    """The README's table gives each file's length, to within 30 lines."""
+    for path in FILES:
+        row = re.search(rf"`{path.name}`\D+?([\d,]+) lines", README)
+        assert (
+            row
+            and abs(int(row.group(1).replace(",", "")) - len(path.read_text().splitlines())) <= 30
+        ), path.name
+
+
+def test_checkpoints_are_small():
+    """pretrained/ holds at most one checkpoint a file, of at most 4 MB, with half-precision
+    weights."""
+    for path in (ROOT / "pretrained").iterdir():
+        assert (
+            path.suffix == ".pt"
+            and ROOT / f"{path.stem}.py" in FILES
+            and path.stat().st_size <= 4_000_000
+        )
