@@ -36,7 +36,6 @@ import argparse
 import copy
 import gzip
 import hashlib
-import http.client
 import io
 import math
 import os
@@ -46,7 +45,6 @@ import sys
 import tarfile
 import time
 import urllib.request
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -61,26 +59,30 @@ from tqdm import tqdm
 TOYS = ["spiral", "moons", "rings"]
 SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
     "small": dict(  # a laptop
-        patch=2, width=32, mults=[1, 2], blocks=2, attention=[1], dropout=0.0, predict="x0",
-        schedule="linear", steps=2500, batch_size=64, lr=3e-3, warmup=100, decay=0.5, beta2=0.99,
-        ema=0.999, sampler="dpm++", sample_steps=20, guidance=1.5),
+        patch=2, width=32, mults=[1, 2], blocks=1, attention=[1], dropout=0.0, predict="x0",
+        schedule="cosine", steps=3200, batch_size=64, lr=3e-3, warmup=100, decay=0.5, beta2=0.99,
+        ema=0.999, sampler="dpm++", sample_steps=20, guidance=1.5, num=100, every=500),
     "base": dict(  # a GPU, tens of minutes
         patch=1, width=96, mults=[1, 2, 2], blocks=2, attention=[1], dropout=0.1, predict="v",
         schedule="cosine", steps=30_000, batch_size=256, lr=5e-4, warmup=500, decay=0.5, beta2=0.99,
-        ema=0.9995, sampler="dpm++", sample_steps=25, guidance=1.5),
+        ema=0.9995, sampler="dpm++", sample_steps=25, guidance=1.5, num=100, every=2000),
     "paper": dict(  # Ho et al. 2020 on CIFAR-10: 35,746,307 parameters, with --unconditional --flip
         patch=1, width=128, mults=[1, 2, 2, 2], blocks=2, attention=[1], dropout=0.1, predict="eps",
         schedule="linear", steps=800_000, batch_size=128, lr=2e-4, warmup=5000, decay=0.0,
-        beta2=0.999, ema=0.9999, sampler="ddpm", sample_steps=1000, guidance=1.0),
-    "points": dict(  # the two-dimensional flow
+        beta2=0.999, ema=0.9999, sampler="ddpm", sample_steps=1000, guidance=1.0, num=100,
+        every=20_000),
+    "points": dict(  # the flow in the plane: an MLP with as many layers as there are mults
         patch=1, width=128, mults=[1, 1, 1], blocks=1, attention=[], dropout=0.0, predict="eps",
         schedule="linear", steps=3000, batch_size=1024, lr=2e-3, warmup=100, decay=0.5, beta2=0.99,
-        ema=0.999, sampler="ddim", sample_steps=100, guidance=1.0),
+        ema=0.999, sampler="ddim", sample_steps=100, guidance=1.0, num=2000, every=1000),
 }
+CONFIG = [*SIZES["small"], "size", "data", "seed", "timesteps", "min_snr", "flip", "unconditional",
+          "eta", "variance", "shape", "classes"]  # what a checkpoint keeps of the flags
 
 
 def parse_args(argv=None, config=None):
-    """Every knob. config, from a checkpoint, replaces the defaults; a flag given by hand wins."""
+    """Every knob. config, from a checkpoint, replaces the defaults; a flag given by hand wins.
+    (HERE, NAME, die, positive, share and pick_device are plumbing, at the end of the file.)"""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.error = die
     add = p.add_argument
@@ -100,16 +102,16 @@ def parse_args(argv=None, config=None):
         help="sets all flags without a default here; small on a CPU, else base")
     add("--device", default="auto", help="auto takes cuda, then mps, then cpu")
     add("--seed", type=int, default=0, help="same seed and device: same run, same samples")
-    add("--compile", action="store_true", help="torch.compile: slow to start, then faster steps")
+    add("--compile", action="store_true", help="torch.compile the training: slow start, then fast")
     add("--resume", action="store_true", help="go on from OUT/model.pt")
-    add("--every", type=positive, default=500, help="checkpoint and picture every so many steps")
+    add("--every", type=positive, help="checkpoint and picture every so many steps")
     # the network
     add("--patch", type=positive, help="fold patch x patch pixels into channels: faster, coarser")
     add("--width", type=positive, help="channels at the first level; cost grows with its square")
     add("--mults", type=positive, nargs="+", help="channels of each level, as multiples of width")
     add("--blocks", type=positive, help="residual blocks a level")
     add("--attention", type=int, nargs="*", help="levels with self-attention; 0 is the finest")
-    add("--dropout", type=float, help="raise it when a small data set is memorised")
+    add("--dropout", type=share, help="raise it when a small data set is memorised")
     add("--unconditional", action="store_true", help="ignore the labels")
     # training
     add("--timesteps", type=positive, default=1000, metavar="T", help="diffusion steps T")
@@ -121,17 +123,17 @@ def parse_args(argv=None, config=None):
     add("--lr", type=float, help="peak learning rate of AdamW")
     add("--warmup", type=positive, help="steps until the peak is reached")
     add("--decay", type=float, help="lr (1 - step/steps)^decay; 0: constant, 1: linear to zero")
-    add("--beta2", type=float, help="AdamW's memory of squared gradients; short for short runs")
-    add("--ema", type=float, help="decay of the running mean of the weights, which is what samples")
+    add("--beta2", type=share, help="AdamW's memory of squared gradients; short for short runs")
+    add("--ema", type=share, help="decay of the running mean of the weights, which is what samples")
     add("--flip", action="store_true", help="mirror half of the images (never digits)")
     # sampling
-    add("--num", type=positive, default=100, help="how many samples")
+    add("--num", type=positive, help="how many samples")
     add("--save", type=Path, help="where their .npz goes, by default OUT/samples.npz")
     add("--guidance", type=float, metavar="W", help="uncond + W (cond - uncond): a larger W gives "
         "more typical and less varied samples")
     add("--sampler", choices=["ddpm", "ddim", "dpm++"], help="ancestral, implicit, second order")
     add("--sample-steps", type=positive, help="steps from noise to image, at most T")
-    add("--eta", type=float, default=0.0, help="ddim's noise: 0 none, 1 as much as ancestral")
+    add("--eta", type=share, default=0.0, help="ddim's noise: 0 none, 1 as much as ancestral")
     add("--variance", choices=["beta", "posterior"], default="beta",
         help="ddpm's noise: the slide's beta_t, or the variance of q(x_{t-1} | x_t, x_0)")
     p.set_defaults(**(config or {}))
@@ -142,6 +144,9 @@ def parse_args(argv=None, config=None):
     for key, value in SIZES[args.size].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    if args.width % 4 or args.timesteps < 2:
+        die(f"--width {args.width} --timesteps {args.timesteps}: expected a multiple of 4, and 2 "
+            "or more")
     return args
 
 
@@ -156,19 +161,25 @@ def make_abar(schedule, T):
     else:
         f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = 1 - f[1:] / f[:-1]
-    # abar_t = prod_{i=1..t} (1 - beta_i), abar_0 = 1       (the slide's sum is a slip: it passes 1)
+    # abar_t = prod_{i=1..t} (1 - beta_i), abar_0 = 1     (the slide prints a sum; that exceeds 1)
     return torch.cat([torch.ones(1).double(), (1 - beta.clamp(max=0.999)).cumprod(0)])
 
 
-def level(abar, t, x):
-    """sqrt(abar_t) and sqrt(1 - abar_t), the signal and the noise in x_t, shaped to multiply x."""
+def schedule_of(args):
+    """abar on the device, in float64 except on mps, which has none."""
+    abar = make_abar(args.schedule, args.timesteps)
+    return abar.to(args.device, torch.float32 if args.device == "mps" else torch.float64)
+
+
+def signal_and_noise(abar, t, x):
+    """sqrt(abar_t) and sqrt(1 - abar_t): how much of both is in x_t; shaped to multiply x."""
     a = abar[t].view(-1, *[1] * (x.ndim - 1))  # (B, 1, 1, 1)
     return a.sqrt().to(x.dtype), (1 - a).sqrt().to(x.dtype)
 
 
 def q_sample(x0, t, eps, abar):
     """x_t from x_0 at once (slide: Noise schedule; DDPM Eq. 4). x0, eps (B, ...); t (B,), 0..T."""
-    signal, noise = level(abar, t, x0)
+    signal, noise = signal_and_noise(abar, t, x0)
     # x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
     return signal * x0 + noise * eps
 
@@ -178,14 +189,14 @@ def q_sample(x0, t, eps, abar):
 
 def target_of(x0, eps, t, abar, predict):
     """What the network shall answer: eps, x0, or v (Salimans & Ho 2022), all shaped as x0."""
-    signal, noise = level(abar, t, x0)
+    signal, noise = signal_and_noise(abar, t, x0)
     # v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
     return {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}[predict]
 
 
 def x0_of(out, xt, t, abar, predict):
     """The clean image that the network's answer stands for; the equations above, solved for x_0."""
-    signal, noise = level(abar, t, xt)
+    signal, noise = signal_and_noise(abar, t, xt)
     if predict == "eps":
         return (xt - noise * out) / signal  # near t = T this divides by almost 0
     return out if predict == "x0" else signal * xt - noise * out
@@ -201,15 +212,15 @@ def loss_weight(t, abar, predict, gamma):
 # ---- 3. The network (slides: Add time dependency, SiLU; DDPM appendix B) -------------------------
 
 
-def time_basis(t, D):
-    """Fourier basis of t (B,) in 0..1000 -> (B, D): wavelengths from 2 pi to 20,000 pi."""
-    freq = torch.exp(-math.log(10_000) * torch.arange(D // 2, device=t.device) / (D // 2))
-    angle = t[:, None] * freq  # (B, D/2)
-    return torch.cat([angle.cos(), angle.sin()], dim=1)  # (B, D)
+def time_basis(t, width):
+    """Fourier basis of t (B,) in 0..1000 -> (B, width): wavelengths from 2 pi to 20,000 pi."""
+    freq = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=t.device) / (width // 2))
+    angle = t[:, None] * freq  # (B, width/2)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)  # (B, width)
 
 
 def group_norm(C):
-    return nn.GroupNorm(math.gcd(32, max(1, C // 4)), C)  # 32 groups from C = 128 on, as in DDPM
+    return nn.GroupNorm(math.gcd(32, C // 4), C)  # DDPM's 32 groups, or fewer of 4 channels or more
 
 
 def zero(layer):
@@ -228,14 +239,17 @@ class Attention(nn.Module):
         self.out = zero(nn.Conv2d(C, C, 1))
 
     def forward(self, x):  # (B, C, H, W)
-        qkv = self.qkv(self.norm(x)).flatten(2).mT[:, None]  # (B, 1, HW, 3C)
+        qkv = self.qkv(self.norm(x)).flatten(2).mT[:, None]  # (B, 1, HW, 3C); the 1 is the head
         q, k, v = qkv.chunk(3, dim=3)  # (B, 1, HW, C) each
         h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, HW, C)
         return x + self.out(h[:, 0].mT.reshape(x.shape))  # (B, C, H, W)
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and a shortcut; time and class enter as one scalar a channel."""
+    """Two convolutions and a shortcut; time and class enter as one scalar a channel.
+
+    silu(x) = x sigmoid(x). (The slide's sigmoid e^x/(1 + e^x) is inf/inf in code for large x.)
+    """
 
     def __init__(self, C_in, C_out, D, dropout, attend):
         super().__init__()
@@ -256,7 +270,8 @@ class ResBlock(nn.Module):
 class UNet(nn.Module):
     """f(x_t, t, y): from fine to coarse and back, each layer down handing a skip to its mirror up.
 
-    x (B, C, H, W) about -1..1; t (B,) 1..T; y (B,) labels, `classes` meaning "none", or None.
+    x (B, C, H, W) about -1..1; t (B,) 1..T; y (B,) labels, the number `classes` meaning "none"; y
+    is None if classes is 0.
     """
 
     def __init__(self, C, classes, T, patch, width, mults, blocks, attention, dropout):
@@ -339,6 +354,12 @@ def diffusion_loss(model, x0, y, t, eps, abar, predict, gamma=0.0):
 # product of the alphas in between if the stride is longer. z is fresh noise.
 
 
+def step_variance(a_t, a_s, variance):
+    """Of the noise in a step: the slide's beta_t, or that of q(x_s | x_t, x_0) (DDPM Eq. 7)."""
+    beta = 1 - a_t / a_s
+    return beta if variance == "beta" else beta * (1 - a_s) / (1 - a_t)
+
+
 def ddpm_step(xt, x0, a_t, a_s, z, variance):
     """Ancestral sampling: x_s ~ p(x_s | x_t), the mean of q(x_s | x_t, x_0) (DDPM Eq. 7) and noise.
 
@@ -347,14 +368,13 @@ def ddpm_step(xt, x0, a_t, a_s, z, variance):
     """
     alpha, beta = a_t / a_s, 1 - a_t / a_s
     mean = (math.sqrt(a_s) * beta * x0 + math.sqrt(alpha) * (1 - a_s) * xt) / (1 - a_t)
-    var = beta if variance == "beta" else beta * (1 - a_s) / (1 - a_t)
-    return mean + math.sqrt(var) * z
+    return mean + math.sqrt(step_variance(a_t, a_s, variance)) * z
 
 
 def ddim_step(xt, x0, a_t, a_s, z, eta):
     """DDIM (Song et al. 2021, Eq. 12): on along the noise found, a part sigma of it made new."""
     eps = (xt - math.sqrt(a_t) * x0) / math.sqrt(1 - a_t)  # from the clipped x0, to agree with it
-    sigma = eta * math.sqrt((1 - a_s) / (1 - a_t) * (1 - a_t / a_s))
+    sigma = eta * math.sqrt(step_variance(a_t, a_s, "posterior"))
     return math.sqrt(a_s) * x0 + math.sqrt(1 - a_s - sigma**2) * eps + sigma * z
 
 
@@ -365,9 +385,10 @@ def dpmpp_step(xt, x0, a_t, a_s, x0_prev, a_prev):
     """
     if a_s == 1:
         return x0
-    lam_t, lam_s = (0.5 * math.log(a / (1 - a)) for a in (a_t, a_s))  # half the log-SNR
+    half_log_snr = lambda a: 0.5 * math.log(a / (1 - a))
+    lam_t, lam_s = half_log_snr(a_t), half_log_snr(a_s)
     if x0_prev is not None:
-        r = (lam_t - 0.5 * math.log(a_prev / (1 - a_prev))) / (lam_s - lam_t)
+        r = (lam_t - half_log_snr(a_prev)) / (lam_s - lam_t)
         x0 = x0 + (x0 - x0_prev) / (2 * r)
     return math.sqrt((1 - a_s) / (1 - a_t)) * xt - math.sqrt(a_s) * math.expm1(lam_t - lam_s) * x0
 
@@ -390,7 +411,7 @@ def sample_loop(denoise, x, abar, sampler, steps, eta=0.0, variance="beta", keep
         x0 = denoise(x, t)
         if keep:
             keep(t, x, x0)
-        z = torch.randn_like(x) if s > 0 else torch.zeros_like(x)  # t > 1; the slide's z > 1 slips
+        z = torch.randn_like(x) if s > 0 else torch.zeros_like(x)  # slide: z > 1, meant t > 1
         if sampler == "ddpm":
             x = ddpm_step(x, x0, a[t], a[s], z, variance)
         elif sampler == "ddim":
@@ -412,8 +433,8 @@ def make_denoiser(model, y, abar, predict, w):
         if y is None or w in (0, 1):
             out = model(x, tt, y if w == 1 else none)
         else:  # with and without the class in one batch of twice the size
-            both = model(torch.cat([x, x]), torch.cat([tt, tt]), torch.cat([y, none]))
-            cond, uncond = both.chunk(2)
+            twice = torch.cat([x, x]), torch.cat([tt, tt]), torch.cat([y, none])
+            cond, uncond = model(*twice).chunk(2)
             out = uncond + w * (cond - uncond)
         return x0_of(out, x, tt, abar, predict).clamp(-1, 1)
 
@@ -439,12 +460,13 @@ def build(args):
 
 @torch.no_grad()
 def ema_update(ema, model, step, decay):
-    """ema <- decay ema + (1 - decay) model, in float32, forgetting fast while young."""
+    """ema <- decay ema + (1 - decay) model, in float32; a short memory in the first steps."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def learning_rate(step, args):
+    """Linear warm-up, then decay; step from 1 to args.steps."""
     return args.lr * min(1, step / args.warmup) * (1 - (step - 1) / args.steps) ** args.decay
 
 
@@ -455,7 +477,7 @@ def train(args, ckpt=None):
     args.shape = list(data.shape[1:])
     args.classes = 0 if labels is None else int(labels.max()) + 1
     if not args.classes and args.guidance == SIZES[args.size]["guidance"]:
-        args.guidance = 1.0
+        args.guidance = 1.0  # the default was not a wish
     torch.manual_seed(args.seed)
     model = build(args)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
@@ -480,8 +502,8 @@ def train(args, ckpt=None):
         model.compile()
     net = DistributedDataParallel(model) if WORLD > 1 else model
     config = {k: getattr(args, k) for k in CONFIG}
-    abar, total, counted = schedule_of(args), 0.0, 0
-    stop, start, B, dev = ctrl_c(), time.time(), args.batch_size, args.device
+    abar, B, dev, stop = schedule_of(args), args.batch_size, args.device, ctrl_c()
+    total, counted, clock, since = 0.0, 0, time.time(), begin - 1
     bar = tqdm(range(begin, args.steps + 1), initial=begin - 1, total=args.steps,
                disable=RANK > 0 or None)
     for step in bar:
@@ -496,7 +518,7 @@ def train(args, ckpt=None):
         drop, flip = torch.rand(2, B, device=dev)
         pick, t, eps, drop, flip = (a[RANK::WORLD] for a in (pick, t, eps, drop, flip))
         x0 = to_float(data[pick])  # (B, C, H, W) in [-1, 1]
-        if args.flip:
+        if args.flip and x0.ndim == 4:
             x0 = torch.where(flip[:, None, None, None] < 0.5, x0.flip(3), x0)
         # 1 label in 10 becomes "none", so that the model learns p(x) too, for guidance
         y = torch.where(drop < 0.1, args.classes, labels[pick]) if args.classes else None
@@ -510,24 +532,30 @@ def train(args, ckpt=None):
         opt.zero_grad()
         ema_update(ema, model, step, args.ema)
         total, counted, done = total + loss.detach(), counted + 1, step == args.steps or bool(stop)
-        if step == 1 or step % 20 == 0 or done:  # reading the loss waits for the GPU: not each step
+        write = done or step % args.every == 0
+        if write or step == 1 or step % 20 == 0:  # not each step: reading the loss waits for a GPU
             if WORLD > 1:
                 dist.all_reduce(total)
             history.append((step, float(total) / counted / WORLD))
             total, counted = 0.0, 0
-            bar.set_postfix_str(f"loss {history[-1][1]:.4f} (untrained {history[0][1]:.2f})")
-        if RANK == 0 and (step % args.every == 0 or done):
+            state = f"loss {history[-1][1]:.4f} (untrained {history[0][1]:.2f})"
+            bar.set_postfix_str(state)
+            if not math.isfinite(history[-1][1]):
+                die(f"the loss is {history[-1][1]} at step {step}: lower --lr {args.lr}; the last "
+                    "checkpoint is kept")
+        if write and RANK == 0:
+            speed = (step - since) / (time.time() - clock)
+            tqdm.write(f"step {step:,}: {state}, {speed:.1f} steps/s, {speed * B:.0f} img/s")
             save_checkpoint(args.out / "model.pt", dict(
                 file=NAME, config=config, step=step, history=history, model=model.state_dict(),
                 ema=ema.state_dict(), optimizer=opt.state_dict()))
             save_loss(args.out, history)
-            speed = (step + 1 - begin) / (time.time() - start)
-            tqdm.write(f"step {step:,}: loss {history[-1][1]:.4f} (untrained {history[0][1]:.2f}),"
-                       f" {speed:.1f} steps/s, {speed * B:.0f} img/s")
             if not done and args.data not in TOYS:
                 x = generate(args, ema, class_labels(args, 80))
-                save_png(args.out / f"step_{step:06}.png", grid(x, 10)[None])
-        if stop:
+                save_png(args.out / f"step_{step:06}.png", grid(x, 8 if args.classes else 10)[None])
+        if write or step == begin:  # the clock leaves out pictures, and torch.compile's first step
+            clock, since = time.time(), step
+        if done and step < args.steps:
             say(f"stopped at {step}; to go on: python {NAME}.py --train --resume --out {args.out}")
             break
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -535,12 +563,6 @@ def train(args, ckpt=None):
 
 
 # ---- 7. Sample, and the pictures -----------------------------------------------------------------
-
-
-def schedule_of(args):
-    """abar on the device, in float64 but on mps, which has none."""
-    abar = make_abar(args.schedule, args.timesteps)
-    return abar.to(args.device, torch.float32 if args.device == "mps" else torch.float64)
 
 
 def class_labels(args, num):
@@ -575,51 +597,58 @@ def sample(args, model):
     labels, start = class_labels(args, args.num), time.time()
     images = generate(args, model, labels)  # (N, C, H, W)
     path = args.save or args.out / "samples.npz"
-    np.savez(path, images.permute(0, 2, 3, 1).cpu().numpy(), labels=labels.numpy())
+    save_npz(path, images.permute(0, 2, 3, 1).cpu().numpy(), labels=labels.numpy())
     say(f"{args.num} samples in {time.time() - start:.1f} s ({args.sampler}, {args.sample_steps} "
         f"steps, guidance {args.guidance:g}): {path}")
-    rows = torch.linspace(0, args.num - 1, min(args.num, 100)).round().long()  # a row a class
-    save_png(args.out / "samples.png", grid(images[rows.to(images.device)], 10)[None])
+    # a row of up to ten for each of the first ten classes
+    cols = min(10, args.num // max(1, args.classes)) or 10
+    rows = [(labels == c).nonzero()[:cols, 0] for c in range(min(10, args.classes))]
+    shown = images[torch.cat(rows) if rows else slice(100)]
+    save_png(args.out / "samples.png", grid(shown, cols)[None])
 
-    # A film: x_t on the left, the guess of x_0 on the right.
-    frames = []
-    generate(args, model, class_labels(args, 40), keep=lambda t, x, x0: frames.append(
-        np.concatenate([grid(to_uint8(x), 4, 300), grid(to_uint8(x0), 4, 300)], axis=1)))
-    save_png(args.out / "trajectory.png", np.stack(frames + frames[-1:] * 8))
+    # A film of about 40 frames: x_t on the left, the guess of x_0 on the right.
+    frames, gap = {}, max(1, args.sample_steps // 40)
+
+    def film(t, x, x0):
+        film.calls += 1
+        if t == 0 or film.calls % gap == 0:
+            frames[t] = np.concatenate([grid(to_uint8(x), 4, 300), grid(to_uint8(x0), 4, 300)], 1)
+    film.calls = -1
+    generate(args, model, class_labels(args, 40), keep=film)
+    save_png(args.out / "trajectory.png", np.stack([*frames.values(), *[frames[0]] * 8]))
 
     # From one noise to another along the sphere: x_T has length near sqrt(dimension), and the
     # straight way between two would pass through shorter ones, which the model never saw.
-    a, b = noise_of(args, 2, 10)[:, :, None].flatten(3).unflatten(3, args.shape)  # (10, 1, C, H, W)
+    a, b = noise_of(args, 2, 10, 1)  # (10, 1, C, H, W)
     angle = F.cosine_similarity(a.flatten(1), b.flatten(1)).acos().view(10, 1, 1, 1, 1)
     f = torch.linspace(0, 1, 10).view(1, 10, 1, 1, 1)
     noise = (((1 - f) * angle).sin() * a + (f * angle).sin() * b) / angle.sin()  # (10, 10, C, H, W)
-    steady = argparse.Namespace(**vars(args))
+    steady = copy.copy(args)
     steady.sampler, steady.eta = "ddim" if args.sampler == "ddpm" else args.sampler, 0.0
     labels = class_labels(args, 10).repeat_interleave(10)
     save_png(args.out / "interpolation.png",
              grid(generate(steady, model, labels, noise.flatten(0, 1)), 10)[None])
 
-    # Has it memorised? Each sample beside its nearest training image.
-    known = load_data(args, "train")[0]
-    distance, index = nearest(images[rows.to(images.device)], known)
-    pairs = torch.stack([images[rows.to(images.device)], known[index]], 1).flatten(0, 1)
-    save_png(args.out / "nearest.png", grid(pairs, 20)[None])
-    real = nearest(load_data(args, "test")[0][:100], known)[0]
-    say(f"distance to the nearest training image, median and least: samples {distance.median():.1f}"
-        f" {distance.min():.1f}, test images {real.median():.1f} {real.min():.1f}\npictures in "
-        f"{args.out}: samples, trajectory, interpolation, nearest\n"
+    # Has it memorised? Each sample beside its nearest training image, where there are any.
+    if args.data not in DATASETS or (args.data_dir / args.data).exists():
+        known = load_data(args, "train")[0]
+        distance, index = nearest(shown, known)
+        pairs = torch.stack([shown, known[index]], 1).flatten(0, 1)  # (2 N, C, H, W)
+        save_png(args.out / "nearest.png", grid(pairs, 2 * cols, 1200)[None])
+        say("distance to the nearest training image (0: a copy), median and least: "
+            f"samples {distance.median():.1f} {distance.min():.1f}", end="")
+        real = nearest(load_data(args, "test")[0][:100], known)[0]
+        say(f", test images {real.median():.1f} {real.min():.1f}")
+    say(f"pictures in {args.out}: samples, trajectory, interpolation, nearest\n"
         f"now try: python {NAME}.py --sample --guidance 3 --out {args.out}")
 
 
 def nearest(queries, known):
     """Distance (Q,) to and index (Q,) of the nearest of known, both sets uint8 (N, C, H, W)."""
-    q, best = to_float(queries).flatten(1), []
-    for i, chunk in enumerate(known.split(10_000)):
-        distance, index = torch.cdist(q, to_float(chunk).flatten(1)).min(dim=1)
-        best.append(torch.stack([distance, index + 10_000.0 * i]))
-    best = torch.stack(best)  # (chunks, 2, Q)
-    distance, index = best[best[:, 0].argmin(0), :, torch.arange(len(q))].unbind(1)
-    return distance, index.long()
+    q = to_float(queries).flatten(1)  # (Q, C H W); exact distances, not by rounded products
+    d = [torch.cdist(q, to_float(k).flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+         for k in known.split(10_000)]
+    return torch.cat(d, 1).min(dim=1)
 
 
 def forward_picture(args, data):
@@ -658,17 +687,14 @@ def decoder_log_prob(x, mean, var):
 def bound_term(x0, guess, t, abar, variance):
     """L_{t-1} = KL( q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t) ) in nats an image (B,); guess is the
     model's x_0 from x_t. At t = 1 it is the decoder's -log p(x_0 | x_1)."""
-    a, b = abar[t].item(), abar[t - 1].item()
-    beta = 1 - a / b
-    posterior = beta * (1 - b) / (1 - a)
-    if t == 1:  # the posterior variance is 0 here: the smallest that is not stands in for it
-        ab2 = abar[2].item()
-        var = beta if variance == "beta" else (1 - ab2 / a) * (1 - a) / (1 - ab2)
+    a = abar.tolist()
+    if t == 1:  # the posterior variance is 0 here; that of t = 2, the next smallest, stands in
+        var = step_variance(*((a[1], a[0]) if variance == "beta" else (a[2], a[1])), variance)
         return -decoder_log_prob(x0, guess, var).flatten(1).sum(1)
     # both means have the same part in x_t; that in x_0 is sqrt(abar_{t-1}) beta_t / (1 - abar_t)
-    k = math.sqrt(b) * beta / (1 - a)
-    var = beta if variance == "beta" else posterior
-    return normal_kl(k * x0, posterior, k * guess, var).flatten(1).sum(1)
+    k = math.sqrt(a[t - 1]) * (1 - a[t] / a[t - 1]) / (1 - a[t])
+    q, p = (step_variance(a[t], a[t - 1], kind) for kind in ("posterior", variance))
+    return normal_kl(k * x0, q, k * guess, p).flatten(1).sum(1)
 
 
 @torch.no_grad()
@@ -678,7 +704,7 @@ def bits_per_dim(args, model):
     images, labels = load_data(args, "test")
     T, abar, n = args.timesteps, schedule_of(args), args.batch_size
     per_dim = 1 / (math.log(2) * math.prod(args.shape))  # nats an image -> bits a dimension
-    x0, a_T = to_float(images).double(), abar[T].item()
+    x0, a_T = to_float(images.cpu()).double(), abar[T].item()
     prior = normal_kl(math.sqrt(a_T) * x0, 1 - a_T, 0.0, 1.0).flatten(1).sum(1).mean().item()
     mean, error = [prior * per_dim], [0.0]  # mean[t] is the term of step t, mean[0] the prior
     torch.manual_seed(args.seed)
@@ -689,7 +715,7 @@ def bits_per_dim(args, model):
         y = labels[i] if args.classes else None
         with autocast(args):
             guess = make_denoiser(model, y, abar, args.predict, 1.0)(xt, t)
-        nats = bound_term(x0.double(), guess.double(), t, abar, args.variance) * per_dim
+        nats = bound_term(x0.cpu().double(), guess.cpu().double(), t, abar, args.variance) * per_dim
         mean.append(nats.mean().item())
         error.append(nats.std().item() / math.sqrt(n))
     say(f"bits per dimension of {args.data}:test, variance {args.variance}; uniform is 8")
@@ -714,8 +740,8 @@ def inpaint(args, model, answers=6, rounds=4):
     Lugmayr et al. 2022): after each step back the known half is put in, at that step's noise;
     going forward and back again, a few rounds, lets the new half agree with it. Returns images."""
     images, labels = load_data(args, "test")
-    pick = [int((labels == c).nonzero()[0]) for c in range(min(10, args.classes))] or range(10)
-    real = to_float(images[list(pick)])  # (R, C, H, W)
+    first = [] if labels is None else np.unique(labels.cpu(), return_index=True)[1][:10].tolist()
+    real = to_float(images[first or slice(10)])  # (R, C, H, W), an image of each class
     known, R = real.repeat_interleave(answers, 0), len(real)
     mask = (torch.arange(known.shape[2], device=known.device) < known.shape[2] // 2)[:, None]
     abar = schedule_of(args)
@@ -747,7 +773,7 @@ def compare(args):
     for path in args.compare:
         ckpt = read_checkpoint(Path(path))
         one = parse_args([], ckpt["config"])
-        one.device, one.bf16 = args.device, args.bf16
+        one.device, one.bf16, one.seed = args.device, args.bf16, args.seed
         if one.data in TOYS:
             die(f"--compare {path}: a model of {one.data}; expected one of images")
         model = build(one).eval()
@@ -785,16 +811,18 @@ def sample_points(args, model, side=300, reach=2.6):
     def panel(title, *layers):  # layers: points (N, 2), colour
         canvas = np.full((side, side, 3), 255, np.uint8)
         for points, colour in layers:
-            for p in pixel(points):
-                draw_line(canvas, p, p, colour, 2)
+            cols, rows = pixel(points).round().astype(int).clip(0, side - 2).T
+            for k in range(4):
+                canvas[rows + k // 2, cols + k % 2] = colour
         draw_text(canvas, title, 6, 6)
         return canvas
 
     blue, red, grey, dark = (70, 110, 220), (220, 70, 30), (150, 150, 150), (50, 50, 50)
     path, abar = {}, schedule_of(args)
+    torch.manual_seed(args.seed)
     denoise = make_denoiser(model, None, abar, args.predict, 1.0)
     with torch.no_grad():
-        sample_loop(denoise, noise_of(args, 2000).to(args.device), abar, args.sampler,
+        sample_loop(denoise, noise_of(args, args.num).to(args.device), abar, args.sampler,
                     args.sample_steps, args.eta, args.variance,
                     keep=lambda t, x, x0: path.update({t: x}))
         times, data = list(path), toy_points(args)[0]  # times from T down to 0
@@ -803,7 +831,7 @@ def sample_points(args, model, side=300, reach=2.6):
         for share in (0, 0.4, 0.6, 0.8, 0.97):
             t, s = times[int(share * (len(times) - 2))], times[int(share * (len(times) - 2)) + 1]
             fields.append(panel(f"field, t={t}", (path[t], (190, 210, 245))))
-            # slide: x_{t-1} = f(x_t) + x_t; the arrow is f, here the step that DDIM takes
+            # slide: x_{t-1} = f(x_t) + x_t; the arrow is f, DDIM's step, to a panel's own scale
             f = ddim_step(mesh, denoise(mesh, t), abar[t].item(), abar[s].item(), 0.0, 0.0) - mesh
             f = f / f.norm(dim=1).max().clamp(min=1e-9) * 1.5 * (line[1] - line[0]).item()
             for p, q in zip(pixel(mesh), pixel(mesh + f)):
@@ -819,11 +847,13 @@ def sample_points(args, model, side=300, reach=2.6):
     save_png(args.out / "flow.png", picture[None])
     film = [panel(f"t={t}", (path[t], blue)) for t in times[::max(1, len(times) // 40)]]
     save_png(args.out / "trajectory.png", np.stack(film + [panel("t=0", (path[0], red))] * 10))
-    np.savez(args.save or args.out / "samples.npz", path[0].cpu().numpy())
-    miss = lambda p: torch.cdist(p, data[2000:]).min(1).values.mean().item()
+    save_npz(args.save or args.out / "samples.npz", path[0].cpu().numpy())
+    miss = lambda p: torch.cdist(p, data[2000:], compute_mode="donot_use_mm_for_euclid_dist") \
+        .min(1).values.mean().item()
     say(f"mean distance to the nearest data point: samples {miss(path[0]):.3f}, other data "
         f"{miss(data[:2000]):.3f}, noise {miss(path[times[0]]):.3f}\n"
-        f"pictures in {args.out}: flow, trajectory\nnow try: python {NAME}.py --train --data moons")
+        f"pictures in {args.out}: flow, trajectory\n"
+        f"now try: python {NAME}.py --train --data moons --out out/moons")
 
 
 # ---- Plumbing: copied, the same in every file; skip it on the first reading ----------------------
@@ -853,11 +883,14 @@ DATASETS = {  # name: mirrors, {file: md5, or sha1}
         "test_batch.bin": "67eb016db431130d61cd03c7ad570b013799c88c"}),
 }
 # A font of 3 x 5 pixels: five octal digits a character, one a row, their bits the pixels.
-FONT = dict(zip("0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ .-+=/_:,()%>", (
-    "75557 26227 71747 71717 55711 74717 74757 71122 75757 75717 25755 65656 34443 65556 74647 "
-    "74644 34553 55755 72227 11152 55655 44447 57755 65555 25552 65644 25563 65655 34216 72222 "
-    "55557 55552 55775 55255 55222 71247 00000 00002 00700 02720 07070 11244 00007 02020 00024 "
-    "12221 42224 51245 42124").split()))
+FONT = dict(zip(
+    "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz .-+=/_:,()%>", (
+        "75557 26227 71747 71717 55711 74717 74757 71122 75757 75717 25755 65656 34443 65556 74647 "
+        "74644 34553 55755 72227 11152 55655 44447 57755 65555 25552 65644 25563 65655 34216 72222 "
+        "55557 55552 55775 55255 55222 71247 03553 44656 03443 11353 02563 12722 03536 44655 20222 "
+        "10116 44565 62227 05775 06555 02552 06564 03531 05644 03636 27221 05553 05552 05577 00525 "
+        "05536 07247 00000 00002 00700 02720 07070 11244 00007 02020 00024 12221 42224 51245 42124"
+    ).split()))
 
 
 def die(message):
@@ -866,9 +899,9 @@ def die(message):
     sys.exit(2)
 
 
-def say(message):
+def say(message, end="\n"):
     if RANK == 0:
-        print(message, flush=True)
+        print(message, end=end, flush=True)
 
 
 def positive(text):
@@ -876,6 +909,13 @@ def positive(text):
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def share(text):
+    """A number from 0 to 1, for argparse."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return float(text)
 
 
 def pick_device(device):
@@ -911,31 +951,37 @@ def autocast(args):
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
 
 
-def digest(path, like):
-    """The file's md5, sha1 or sha256 as hex, whichever is as long as `like`."""
-    kind = {32: "md5", 40: "sha1", 64: "sha256"}[len(like)]
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()
+def write_whole(path, data):
+    """Writes a file whole or not at all: under another name first, then moved into place."""
+    part = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def digest(data, like):
+    """md5, sha1 or sha256 of bytes as hex, whichever is as long as `like`."""
+    return hashlib.new({32: "md5", 40: "sha1", 64: "sha256"}[len(like)], data).hexdigest()
 
 
 def fetch(urls, path, checksum):
-    """Downloads path from the first mirror with the right bytes; it gets its name only then."""
-    part, faults = path.with_name(f"{path.name}.{os.getpid()}.part"), []
+    """Downloads path from the first mirror that has the right bytes, and returns them."""
+    faults = []
     for url in urls:
         say(f"downloading {url}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as file:
-                while block := response.read(1 << 20):
-                    file.write(block)
-            if digest(part, checksum) == checksum:
-                os.replace(part, path)
-                return path
-            faults.append(f"{url}: wrong or missing bytes")
-        except (OSError, ValueError, http.client.HTTPException) as e:  # no network, 404, cut off
+            with urllib.request.urlopen(url, timeout=30) as response:
+                data = response.read()
+        except Exception as e:  # no network, 404, cut off
             faults.append(f"{url}: {e}")
-        finally:
-            part.unlink(missing_ok=True)
+            continue
+        if digest(data, checksum) == checksum:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, data)
+            return data
+        faults.append(f"{url}: wrong bytes")
     die(f"{path} is missing and could not be downloaded ({'; '.join(faults)}); get it from "
         f"{urls[0]} (checksum {checksum}) and put it there")
 
@@ -946,23 +992,22 @@ def data_file(args, file):
     if not path.exists() and args.data == "cifar10":
         name = next(iter(sums))  # all files come in one archive
         archive = fetch([m + name for m in mirrors], path.with_name(name), sums[name])
-        with tarfile.open(archive) as tar:
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
             for member in tar:
-                if (file_name := Path(member.name).name) in sums:
-                    part = path.with_name(f"{file_name}.{os.getpid()}.part")
-                    part.write_bytes(tar.extractfile(member).read())
-                    os.replace(part, path.with_name(file_name))
+                if (name := Path(member.name).name) in sums:
+                    write_whole(path.with_name(name), tar.extractfile(member).read())
     elif not path.exists():
         fetch([m + file for m in mirrors], path, sums[file])
-    if (found := digest(path, sums[file])) != sums[file]:
-        die(f"{path} is cut off or altered: {path.stat().st_size:,} bytes with checksum {found}, "
-            f"expected {sums[file]}; delete it, and it is downloaded anew")
-    return gzip.decompress(path.read_bytes()) if file.endswith(".gz") else path.read_bytes()
+    data = path.read_bytes()
+    if (found := digest(data, sums[file])) != sums[file]:
+        die(f"{path} is cut off or altered: {len(data):,} bytes with checksum {found}, expected "
+            f"{sums[file]}; delete it, and it is downloaded anew")
+    return gzip.decompress(data) if file.endswith(".gz") else data
 
 
 def load_data(args, split):
     """Images (N, C, H, W) uint8 and labels (N,) int64 or None, all on the device; split is "train"
-    or "test", which in a file of your own is its last tenth."""
+    or "test", which in a file of your own is every tenth image."""
     if args.data in ("mnist", "fashion"):
         name = {"train": "train", "test": "t10k"}[split]
         images, labels = (np.frombuffer(data_file(args, f"{name}-{kind}-ubyte.gz"), np.uint8)
@@ -975,8 +1020,7 @@ def load_data(args, split):
         labels, images = records[:, 0], records[:, 1:].reshape(-1, 3, 32, 32)
     else:
         images, labels = own_data(args.data)
-        n = len(images) - max(1, len(images) // 10)
-        part = slice(n) if split == "train" else slice(n, None)
+        part = (np.arange(len(images)) % 10 == 1) == (split == "test")
         images, labels = images[part], labels if labels is None else labels[part]
     images = torch.from_numpy(images.copy()).to(args.device)
     if labels is not None:
@@ -991,7 +1035,7 @@ def own_data(path):
     try:
         file = np.load(path)
         arrays = {k: file[k] for k in file.files} if path.endswith(".npz") else {"images": file}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as e:
+    except Exception as e:
         die(f"--data {path} cannot be read: {e}")
     images, labels = arrays.get("images", arrays.get("arr_0")), arrays.get("labels")
     found = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items())
@@ -1047,7 +1091,7 @@ def save_png(path, frames, fps=8):
             number = max(0, 2 * f - 1)
             out += chunk(b"fcTL", struct.pack(">5I2H2B", number, W, H, 0, 0, 1, fps, 0, 0))
         out += chunk(b"fdAT", struct.pack(">I", 2 * f) + data) if f else chunk(b"IDAT", data)
-    Path(path).write_bytes(out + chunk(b"IEND", b""))
+    write_whole(path, out + chunk(b"IEND", b""))
 
 
 def draw_line(picture, p, q, colour, thick=1):
@@ -1061,8 +1105,8 @@ def draw_line(picture, p, q, colour, thick=1):
 
 
 def draw_text(picture, text, col, row, colour=(0, 0, 0)):
-    """Text, in capitals 10 pixels high, into picture (H, W, 3) from (col, row) to its border."""
-    for i, char in enumerate(text.upper()[:(picture.shape[1] - col) // 8]):
+    """Text, 10 pixels high, into picture (H, W, 3) from (col, row) on, as much as fits."""
+    for i, char in enumerate(text[:(picture.shape[1] - col) // 8]):
         bits = np.array([[int(d) >> s & 1 for s in (2, 1, 0)] for d in FONT.get(char, FONT[" "])])
         bits = bits.repeat(2, 0).repeat(2, 1).astype(bool)
         picture[row:row + 10, col + 8 * i:col + 8 * i + 6][bits] = colour
@@ -1075,6 +1119,18 @@ def caption(text, width):
     return strip
 
 
+def ticks(low, high, log):
+    """About five round numbers in low..high; log: of exponents, those of 1, 2, 5, 10, 20, ..."""
+    if log:
+        marks = [k + math.log10(m) for k in range(math.floor(low), math.ceil(high))
+                 for m in (1, 2, 5)]
+        marks = [m for m in marks if low <= m <= high]
+        return marks if len(marks) < 9 else [m for m in marks if m % max(1, (high - low) // 4) == 0]
+    step = 10 ** math.floor(math.log10((high - low) / 4))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 5)
+    return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
+
+
 def plot(curves, xlabel, ylabel="", log=False, W=900, H=400):
     """Curves {name: (xs, ys)} as a picture (H, W, 3); log: the vertical axis is logarithmic."""
     picture, left, right, top, bottom = np.full((H, W, 3), 255, np.uint8), 100, W - 50, 30, H - 45
@@ -1084,10 +1140,11 @@ def plot(curves, xlabel, ylabel="", log=False, W=900, H=400):
     xs, ys = ((v.min(), max(v.max(), v.min() + 1e-9)) for v in (xs, ys))
     col = lambda x: left + (x - xs[0]) / (xs[1] - xs[0]) * (right - left)
     row = lambda y: bottom - (y - ys[0]) / (ys[1] - ys[0]) * (bottom - top)
-    for x, y in zip(np.linspace(*xs, 5), np.linspace(*ys, 5)):
+    for y in ticks(*ys, log):
         draw_line(picture, (left, row(y)), (right, row(y)), (225, 225, 225))
         draw_text(picture, f"{10**y if log else y:.3g}", 8, int(row(y)) - 5)
-        draw_text(picture, f"{x:.6g}", int(col(x)) - 4 * len(f"{x:.6g}"), bottom + 10)
+    for x in ticks(*xs, False):
+        draw_text(picture, f"{x:g}", int(col(x)) - 4 * len(f"{x:g}"), bottom + 10)
     draw_text(picture, xlabel, (left + right) // 2 - 4 * len(xlabel), H - 16)
     draw_text(picture, ylabel, 8, 8)
     for i, (name, (x, y)) in enumerate(curves.items()):
@@ -1100,19 +1157,22 @@ def plot(curves, xlabel, ylabel="", log=False, W=900, H=400):
 
 def save_loss(out, history):
     """loss.csv and loss.png from history [(step, loss), ...]."""
-    (out / "loss.csv").write_text("step,loss\n" + "".join(f"{s},{v:.6f}\n" for s, v in history))
+    rows = "".join(f"{step},{loss:.6f}\n" for step, loss in history)
+    write_whole(out / "loss.csv", f"step,loss\n{rows}".encode())
     save_png(out / "loss.png", plot({"loss": list(zip(*history))}, "step", log=True)[None])
 
 
+def save_npz(path, array, **arrays):
+    """Writes arr_0 and more; whole, and under just that name."""
+    buffer = io.BytesIO()
+    np.savez(buffer, array, **arrays)
+    write_whole(path, buffer.getbuffer())
+
+
 def save_checkpoint(path, state):
-    """Writes a checkpoint whole or not at all: under another name first, then moved into place."""
-    part, buffer = path.with_name(path.name + ".part"), io.BytesIO()
+    buffer = io.BytesIO()
     torch.save(state, buffer)
-    try:
-        part.write_bytes(buffer.getbuffer())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, buffer.getbuffer())
 
 
 def read_checkpoint(path):
@@ -1123,8 +1183,9 @@ def read_checkpoint(path):
         die(f"{path} is not there; train first: python {NAME}.py --train")
     except Exception as e:
         die(f"{path} is no checkpoint, or a damaged one ({type(e).__name__})")
-    if not isinstance(ckpt, dict) or ckpt.get("file") != NAME:
-        die(f"{path} is no checkpoint of {NAME}.py, but of {dict(ckpt).get('file')}.py")
+    file = ckpt.get("file") if isinstance(ckpt, dict) else None
+    if file != NAME:
+        die(f"{path} is no checkpoint of {NAME}.py{f', but of {file}.py' if file else ''}")
     return ckpt
 
 
@@ -1153,10 +1214,6 @@ def ctrl_c():
 
 # ---- Main ----------------------------------------------------------------------------------------
 
-CONFIG = [*SIZES["small"], "size", "data", "seed", "timesteps", "min_snr", "flip", "unconditional",
-          "eta", "variance", "shape", "classes"]  # of the flags, what a checkpoint keeps
-
-
 def main(argv=None):
     args, ckpt = parse_args(argv), None
     if not any((args.train, args.sample, args.bpd, args.inpaint, args.compare, args.export)):
@@ -1184,14 +1241,18 @@ def main(argv=None):
         if RANK > 0:
             return
         if args.export:
-            half = {k: v.half() for k, v in model.state_dict().items()}
-            ckpt = ckpt or read_checkpoint(args.out / "model.pt")
-            save_checkpoint(args.export, dict(file=NAME, config=ckpt["config"], step=ckpt["step"],
-                                              ema=half))
-        for asked, verb in ((args.train or args.sample, sample), (args.bpd, bits_per_dim),
-                            (args.inpaint, inpaint)):
-            if asked:
-                verb(args, model)
+            ckpt = read_checkpoint(args.out / "model.pt")
+            small = {k: ckpt[k] for k in ("file", "config", "step")}
+            small["ema"] = {k: v.half() for k, v in ckpt["ema"].items()}
+            save_checkpoint(args.export, small)
+        if args.train or args.sample:
+            sample(args, model)
+        if (args.bpd or args.inpaint) and args.data in TOYS:
+            die(f"--bpd and --inpaint need images; this is a model of {args.data}")
+        if args.bpd:
+            bits_per_dim(args, model)
+        if args.inpaint:
+            inpaint(args, model)
     except OSError as e:  # disk full, no right to write: the last checkpoint is whole
         die(f"cannot write to {e.filename or args.out}: {e.strerror or e}")
     except KeyboardInterrupt:

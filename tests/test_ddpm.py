@@ -648,16 +648,17 @@ def test_bound_approaches_the_entropy():
         a = abar[-1].item()
         total = ddpm.normal_kl(math.sqrt(a) * x0, 1 - a, 0.0, 1.0).mean().item()
         for t in range(1, T + 1):
-            m = n if t == 1 else n // 100
+            m = n if t == 1 else n // 8
             xt = ddpm.q_sample(
                 x0[:m],
                 torch.full((m,), t),
                 torch.randn(m, 1, generator=g, dtype=torch.float64),
                 abar,
             )
-            total += ddpm.bound_term(x0[:m], denoise(xt, t), t, abar, "posterior").mean().item()
+            total += ddpm.bound_term(x0[:m], denoise(xt, t), t, abar, "beta").mean().item()
         gaps.append(total - entropy)
-    assert gaps[0] > gaps[1] > gaps[2] > 0 and gaps[2] < 0.5 * gaps[1], gaps
+    # the same sum with all expectations done by hand gives these, of order 1/T
+    assert gaps == pytest.approx([0.2735, 0.0730, 0.0187], abs=0.012) and gaps[2] > 0
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -1011,7 +1012,7 @@ def test_download_falls_back_over_mirrors(server, tmp_path):
         "http://127.0.0.1:9/",
         f"{url}/good",
     ]
-    assert ddpm.fetch(mirrors, path, hashlib.md5(content).hexdigest()) == path
+    assert ddpm.fetch(mirrors, path, hashlib.md5(content).hexdigest()) == content
     assert path.read_bytes() == content and [p.name for p in path.parent.iterdir()] == ["file"]
 
 
@@ -1032,7 +1033,7 @@ def test_download_that_fails_leaves_nothing(server, tmp_path, capsys):
         f"{url}/absent",
         "0" * 32,
         "404",
-        "wrong or missing bytes",
+        "wrong bytes",
         "refused",
     ):
         assert part in message
@@ -1061,8 +1062,7 @@ def test_cifar_archive_is_unpacked(tmp_path, monkeypatch):
             and checksum == sums["cifar-10-binary.tar.gz"]
         )
         path.parent.mkdir(parents=True)
-        path.write_bytes(archive.read_bytes())
-        return path
+        return archive.read_bytes()
 
     monkeypatch.setattr(ddpm, "fetch", fetch)
     monkeypatch.setitem(ddpm.DATASETS, "cifar10", (["https://mirror/"], sums))
