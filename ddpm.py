@@ -206,7 +206,8 @@ def loss_weight(t, abar, predict, gamma):
     """Min-SNR (Hang et al. 2023): min(SNR, gamma) |x_0 - x0|^2, restated for each target; (B,)."""
     snr = abar[t] / (1 - abar[t])
     # |eps error|^2 = SNR |x0 error|^2        |v error|^2 = (SNR + 1) |x0 error|^2
-    return snr.clamp(max=gamma) / {"eps": snr, "x0": 1, "v": snr + 1}[predict]
+    return {"eps": (gamma / snr).clamp(max=1), "x0": snr.clamp(max=gamma),
+            "v": snr.clamp(max=gamma) / (snr + 1)}[predict]
 
 
 # ---- 3. The network (slides: Add time dependency, SiLU; DDPM appendix B) -------------------------
@@ -606,16 +607,12 @@ def sample(args, model):
     shown = images[torch.cat(rows) if rows else slice(100)]
     save_png(args.out / "samples.png", grid(shown, cols)[None])
 
-    # A film of about 40 frames: x_t on the left, the guess of x_0 on the right.
-    frames, gap = {}, max(1, args.sample_steps // 40)
-
-    def film(t, x, x0):
-        film.calls += 1
-        if t == 0 or film.calls % gap == 0:
-            frames[t] = np.concatenate([grid(to_uint8(x), 4, 300), grid(to_uint8(x0), 4, 300)], 1)
-    film.calls = -1
-    generate(args, model, class_labels(args, 40), keep=film)
-    save_png(args.out / "trajectory.png", np.stack([*frames.values(), *[frames[0]] * 8]))
+    # A film: x_t on the left, the guess of x_0 on the right.
+    brief, frames = copy.copy(args), []
+    brief.sample_steps = min(40, args.sample_steps)
+    generate(brief, model, class_labels(args, 40), keep=lambda t, x, x0: frames.append(
+        np.concatenate([grid(to_uint8(x), 4, 300), grid(to_uint8(x0), 4, 300)], axis=1)))
+    save_png(args.out / "trajectory.png", np.stack(frames + frames[-1:] * 8))
 
     # From one noise to another along the sphere: x_T has length near sqrt(dimension), and the
     # straight way between two would pass through shorter ones, which the model never saw.
@@ -623,11 +620,10 @@ def sample(args, model):
     angle = F.cosine_similarity(a.flatten(1), b.flatten(1)).acos().view(10, 1, 1, 1, 1)
     f = torch.linspace(0, 1, 10).view(1, 10, 1, 1, 1)
     noise = (((1 - f) * angle).sin() * a + (f * angle).sin() * b) / angle.sin()  # (10, 10, C, H, W)
-    steady = copy.copy(args)
-    steady.sampler, steady.eta = "ddim" if args.sampler == "ddpm" else args.sampler, 0.0
+    brief.sampler, brief.eta = "dpm++", 0.0  # no fresh noise on the way
     labels = class_labels(args, 10).repeat_interleave(10)
     save_png(args.out / "interpolation.png",
-             grid(generate(steady, model, labels, noise.flatten(0, 1)), 10)[None])
+             grid(generate(brief, model, labels, noise.flatten(0, 1)), 10)[None])
 
     # Has it memorised? Each sample beside its nearest training image, where there are any.
     if args.data not in DATASETS or (args.data_dir / args.data).exists():
@@ -678,10 +674,12 @@ def decoder_log_prob(x, mean, var):
 
     The bins of black and white take the tails, so that the 256 add up to 1 (DDPM Eq. 13).
     """
-    cdf = lambda edge: 0.5 * torch.erfc((mean - edge) / math.sqrt(2 * var))
-    upper = torch.where(x > 0.999, 1.0, cdf(x + 1 / 255))
-    lower = torch.where(x < -0.999, 0.0, cdf(x - 1 / 255))
-    return (upper - lower).clamp(min=1e-12).log()
+    lower = torch.where(x < -0.999, -math.inf, (x - 1 / 255 - mean) / math.sqrt(var))
+    upper = torch.where(x > 0.999, math.inf, (x + 1 / 255 - mean) / math.sqrt(var))
+    # Phi(upper) - Phi(lower), mirrored to the left tail, where its logarithm can be computed
+    lower, upper = (torch.where(lower > 0, a, b) for a, b in ((-upper, lower), (-lower, upper)))
+    log_phi = torch.special.log_ndtr
+    return log_phi(upper) + torch.log1p(-(log_phi(lower) - log_phi(upper)).exp())
 
 
 def bound_term(x0, guess, t, abar, variance):
@@ -713,8 +711,7 @@ def bits_per_dim(args, model):
         x0 = to_float(images[i])
         xt = q_sample(x0, torch.full_like(i, t), torch.randn_like(x0), abar)
         y = labels[i] if args.classes else None
-        with autocast(args):
-            guess = make_denoiser(model, y, abar, args.predict, 1.0)(xt, t)
+        guess = make_denoiser(model, y, abar, args.predict, 1.0)(xt, t)  # not in bf16
         nats = bound_term(x0.cpu().double(), guess.cpu().double(), t, abar, args.variance) * per_dim
         mean.append(nats.mean().item())
         error.append(nats.std().item() / math.sqrt(n))
