@@ -59,7 +59,7 @@ from tqdm import tqdm
 TOYS = ["spiral", "moons", "rings"]
 SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
     "small": dict(  # a laptop
-        patch=2, width=32, mults=[1, 2], blocks=1, attention=[1], dropout=0.0, predict="x0",
+        patch=2, width=32, mults=[1, 2], blocks=1, attention=[1], dropout=0.0, predict="v",
         schedule="cosine", steps=3200, batch_size=64, lr=3e-3, warmup=100, decay=0.5, beta2=0.99,
         ema=0.999, sampler="dpm++", sample_steps=20, guidance=1.5, num=100, every=500),
     "base": dict(  # a GPU, tens of minutes
@@ -775,7 +775,7 @@ def compare(args):
             die(f"--compare {path}: a model of {one.data}; expected one of images")
         model = build(one).eval()
         load_state(model, ckpt, "ema")
-        x = grid(generate(one, model, class_labels(one, 20)), 20)
+        x = grid(generate(one, model, class_labels(one, 10)), 10, 700)
         rows += [caption(f"{one.predict}, step {ckpt['step']}, {path}", x.shape[1]), x]
     save_png(args.out / "compare.png", stack(rows)[None])
     say(f"one row a checkpoint: {args.out / 'compare.png'}")

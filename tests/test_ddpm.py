@@ -945,7 +945,7 @@ def bad_files(tmp_path_factory, trained):
         ("--sample --out {bad}/junk", ["junk/model.pt", "damaged"]),
         ("--sample --out {trained} --width 64", ["--width 64", "16"]),
         ("--sample --out {trained} --size paper", ["--size paper", "small"]),
-        ("--train --resume --out {trained} --predict v", ["--predict v", "x0"]),
+        ("--train --resume --out {trained} --predict x0", ["--predict x0", "trained with v"]),
         ("--train --resume --out {trained}", ["--steps"]),
         ("--sample --out {trained} --save {bad}/no/such/x.npz", ["no/such/x.npz"]),
     ],
