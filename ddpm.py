@@ -7,7 +7,7 @@ Slides     Converting samples, Flow between distributions, Diffusion models, Noi
            Training and Sampling a diffusion model, Predicting images instead of noise,
            Add time dependency, SiLU
 Equations  add noise       x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,   eps ~ N(0, I)
-           schedule        abar_t = prod_{i<=t} (1 - beta_i)      from abar_0 = 1 to abar_T near 0
+           schedule        alpha_t = 1 - beta_t, abar_t = alpha_1 ... alpha_t, from 1 to near 0
            loss            |f(x_t, t) - target|^2     target: eps, x_0, or v, a mixture of the two
            sample          x_{t-1} = (x_t - (1 - alpha_t)/sqrt(1 - abar_t) eps)/sqrt(alpha_t)
                                      + sqrt(beta_t) z,   z ~ N(0, I) if t > 1 else 0
@@ -20,12 +20,16 @@ Notation   t         t       (B,)            time, 1..T; tables have T + 1 entri
            D                                 length of the vector that holds time and class
 Run        python ddpm.py --train                             digits
            python ddpm.py --sample --num 1000 --save x.npz    from your model, or the one enclosed
-           python ddpm.py --train --data spiral               the flow, in the plane
+           python ddpm.py --train --data spiral --out out/spiral        the flow, in the plane
            python ddpm.py --train --data cifar10 --size paper --unconditional --flip
-Expect     EXPECT-TODO
+Expect     digits: 5 minutes on 2 CPU cores; 99 of 100 samples are read as the class asked for by a
+           99.6 % classifier; 1,000 samples in 16 s. Points: under a minute. GPU: not measured yet.
+           In out/ddpm/: model.pt, samples (.png, .npz), trajectory (an animation), interpolation,
+           nearest, forward, loss (.png, .csv), step_000500.png and so on from the same noise.
 Left out   learned variances, the full list of samplers, other architectures; text as the
            condition and latents instead of pixels are in latent_diffusion.py
-Try        1. --predict eps, then v, each into an --out of its own, then --compare the three.
+Try        1. --train --predict eps --out out/eps, the same with x0 and v; then --compare
+              out/eps/model.pt out/x0/model.pt out/v/model.pt, and --bpd for each.
            2. --sample --guidance 0, 1, 3, 10: what is gained, what is lost?
            3. --sample --sampler ddpm, ddim and dpm++ with --sample-steps 5, 10, 50.
 Papers     Ho et al. 2020, DDPM; Nichol & Dhariwal 2021, Improved DDPM; Song et al. 2021, DDIM;
@@ -72,8 +76,8 @@ SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
         beta2=0.999, ema=0.9999, sampler="ddpm", sample_steps=1000, guidance=1.0, num=100,
         every=20_000),
     "points": dict(  # the flow in the plane: an MLP with as many layers as there are mults
-        patch=1, width=128, mults=[1, 1, 1], blocks=1, attention=[], dropout=0.0, predict="eps",
-        schedule="linear", steps=3000, batch_size=1024, lr=2e-3, warmup=100, decay=0.5, beta2=0.99,
+        patch=1, width=192, mults=[1, 1, 1], blocks=1, attention=[], dropout=0.0, predict="v",
+        schedule="cosine", steps=6000, batch_size=1024, lr=2e-3, warmup=100, decay=0.5, beta2=0.99,
         ema=0.999, sampler="ddim", sample_steps=100, guidance=1.0, num=2000, every=1000),
 }
 CONFIG = [*SIZES["small"], "size", "data", "seed", "timesteps", "min_snr", "flip", "unconditional",
@@ -546,11 +550,11 @@ def train(args, ckpt=None):
                     "checkpoint is kept")
         if write and RANK == 0:
             speed = (step - since) / (time.time() - clock)
-            tqdm.write(f"step {step:,}: {state}, {speed:.1f} steps/s, {speed * B:.0f} img/s")
             save_checkpoint(args.out / "model.pt", dict(
                 file=NAME, config=config, step=step, history=history, model=model.state_dict(),
                 ema=ema.state_dict(), optimizer=opt.state_dict()))
             save_loss(args.out, history)
+            tqdm.write(f"step {step:,}: {state}, {speed:.1f} steps/s, {speed * B:.0f} img/s")
             if not done and args.data not in TOYS:
                 x = generate(args, ema, class_labels(args, 80))
                 save_png(args.out / f"step_{step:06}.png", grid(x, 8 if args.classes else 10)[None])
@@ -799,8 +803,8 @@ def toy_points(args, n=20_000):
     return points.to(args.device), None
 
 
-def sample_points(args, model, side=300, reach=2.6):
-    """flow.png: the field as arrows at five times; data, samples, and paths from noise to data;
+def sample_points(args, model, side=320, reach=1.8):
+    """flow.png: the field as arrows at four times; data, samples, and paths from noise to data;
     trajectory.png: the film; samples.npz: the points."""
     def pixel(p):  # (N, 2), both coordinates in -reach..reach -> column and row
         return (p.cpu().numpy() * [1, -1] / reach + 1) * side / 2
@@ -808,7 +812,8 @@ def sample_points(args, model, side=300, reach=2.6):
     def panel(title, *layers):  # layers: points (N, 2), colour
         canvas = np.full((side, side, 3), 255, np.uint8)
         for points, colour in layers:
-            cols, rows = pixel(points).round().astype(int).clip(0, side - 2).T
+            p = pixel(points).round().astype(int)
+            cols, rows = p[((p >= 0) & (p < side - 1)).all(1)].T  # leaving out what is beyond
             for k in range(4):
                 canvas[rows + k // 2, cols + k % 2] = colour
         draw_text(canvas, title, 6, 6)
@@ -823,10 +828,10 @@ def sample_points(args, model, side=300, reach=2.6):
                     args.sample_steps, args.eta, args.variance,
                     keep=lambda t, x, x0: path.update({t: x}))
         times, data = list(path), toy_points(args)[0]  # times from T down to 0
-        line = torch.linspace(-0.9 * reach, 0.9 * reach, 16)
+        line = torch.linspace(-0.9, 0.9, 16) * reach
         mesh, fields = torch.cartesian_prod(line, line).to(args.device), []  # (256, 2)
-        for share in (0, 0.4, 0.6, 0.8, 0.97):
-            t, s = times[int(share * (len(times) - 2))], times[int(share * (len(times) - 2)) + 1]
+        for at in (0, 0.5, 0.8, 0.95):
+            t, s = times[int(at * (len(times) - 2)):][:2]
             fields.append(panel(f"field, t={t}", (path[t], (190, 210, 245))))
             # slide: x_{t-1} = f(x_t) + x_t; the arrow is f, DDIM's step, to a panel's own scale
             f = ddim_step(mesh, denoise(mesh, t), abar[t].item(), abar[s].item(), 0.0, 0.0) - mesh

@@ -45,7 +45,7 @@ def from_diffusers(device):
         32,
         1,
         1,
-        block_out_channels=(24, 40, 40),
+        block_out_channels=(32, 48, 48),
         layers_per_block=1,
         norm_num_groups=8,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
@@ -72,7 +72,7 @@ def from_diffusers(device):
 def from_lucidrains(device):
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
-    model = Unet(dim=12, dim_mults=(1, 2, 4), channels=1).to(device)
+    model = Unet(dim=16, dim_mults=(1, 2, 4), channels=1).to(device)
     diffusion = GaussianDiffusion(
         model, image_size=32, objective="pred_v", sampling_timesteps=50
     ).to(device)
