@@ -10,24 +10,25 @@ Equations  add noise       x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,   eps 
            schedule        alpha_t = 1 - beta_t, abar_t = alpha_1 ... alpha_t, from 1 to near 0
            loss            |f(x_t, t) - target|^2     target: eps, x_0, or v, a mixture of the two
            sample          x_{t-1} = (x_t - (1 - alpha_t)/sqrt(1 - abar_t) eps)/sqrt(alpha_t)
-                                     + sqrt(beta_t) z,   z ~ N(0, I) if t > 1 else 0
+                                     + sqrt(beta_t) z,   z ~ N(0, I) if t > 1 else 0;
+                           eps = f(x_t, t), or derived from the guess of x_0, clipped
            guidance        out = f(x_t, t, none) + w (f(x_t, t, y) - f(x_t, t, none))
 Notation   t         t       (B,)            time, 1..T; tables have T + 1 entries, 0 is clean
            abar_t    abar    (T+1,)          share of the image's variance left in x_t
            x_0, x_t  x0, xt  (B, C, H, W)    the image, and under noise; pixels in [-1, 1]
            eps, z    eps, z  (B, C, H, W)    noise
            y         y       (B,)            class, `classes` for none
-           D                                 length of the vector that holds time and class
+                     emb     (B, D)          time and class as a vector
 Run        python ddpm.py --train                             digits
            python ddpm.py --sample --num 1000 --save x.npz    from your model, or the one enclosed
            python ddpm.py --train --data spiral --out out/spiral        the flow, in the plane
-           python ddpm.py --train --data cifar10 --size paper --unconditional --flip
+           python ddpm.py --train --data cifar10 --size paper --unconditional --flip --out out/cifar
 Expect     digits: 5 minutes on 2 CPU cores; 99 of 100 samples are read as the class asked for by a
            99.6 % classifier; 1,000 samples in 16 s. Points: under a minute. GPU: not measured yet.
            In out/ddpm/: model.pt, samples (.png, .npz), trajectory (an animation), interpolation,
            nearest, forward, loss (.png, .csv), step_000500.png and so on from the same noise.
 Left out   learned variances, the full list of samplers, other architectures; text as the
-           condition and latents instead of pixels are in latent_diffusion.py
+           condition and latents instead of pixels will be in latent_diffusion.py
 Try        1. --train --predict eps --out out/eps, the same with x0 and v; then --compare
               out/eps/model.pt out/x0/model.pt out/v/model.pt, and --bpd for each.
            2. --sample --guidance 0, 1, 3, 10: what is gained, what is lost?
@@ -103,9 +104,9 @@ def parse_args(argv=None, config=None):
     add("--data-dir", type=Path, default=HERE / "data", help="where data sets lie or are put")
     add("--out", type=Path, default=Path("out") / NAME, help="everything written goes there")
     add("--size", choices=["small", "base", "paper"],
-        help="sets all flags without a default here; small on a CPU, else base")
+        help="preset for all flags of network, training and sampling; small on a CPU, else base")
     add("--device", default="auto", help="auto takes cuda, then mps, then cpu")
-    add("--seed", type=int, default=0, help="same seed and device: same run, same samples")
+    add("--seed", type=int, default=0, help="start of all random numbers")
     add("--compile", action="store_true", help="torch.compile the training: slow start, then fast")
     add("--resume", action="store_true", help="go on from OUT/model.pt")
     add("--every", type=positive, help="checkpoint and picture every so many steps")
@@ -113,18 +114,21 @@ def parse_args(argv=None, config=None):
     add("--patch", type=positive, help="fold patch x patch pixels into channels: faster, coarser")
     add("--width", type=positive, help="channels at the first level; cost grows with its square")
     add("--mults", type=positive, nargs="+", help="channels of each level, as multiples of width")
-    add("--blocks", type=positive, help="residual blocks a level")
-    add("--attention", type=int, nargs="*", help="levels with self-attention; 0 is the finest")
+    add("--blocks", type=positive, help="residual blocks per level")
+    add("--attention", type=int, nargs="*", help="levels with self-attention, "
+        "besides the middle, which always has it; 0 is the finest")
     add("--dropout", type=share, help="raise it when a small data set is memorised")
     add("--unconditional", action="store_true", help="ignore the labels")
     # training
     add("--timesteps", type=positive, default=1000, metavar="T", help="diffusion steps T")
     add("--schedule", choices=["linear", "cosine"], help="how beta_t grows with t")
     add("--predict", choices=["eps", "x0", "v"], help="what the network's output means")
-    add("--min-snr", type=float, default=0.0, metavar="GAMMA", help="clamp the loss weight; 0: off")
+    add("--min-snr", type=float, default=0.0, metavar="GAMMA", help="weight "
+        "the error in x_0 by min(SNR, GAMMA); 0: off")
     add("--steps", type=positive, help="training length")
-    add("--batch-size", type=positive, help="images a step, over all GPUs together")
-    add("--lr", type=float, help="peak learning rate of AdamW")
+    add("--batch-size", type=positive, help="images per step, over all GPUs; for "
+        "--bpd, test images per t")
+    add("--lr", type=share, help="peak learning rate of AdamW")
     add("--warmup", type=positive, help="steps until the peak is reached")
     add("--decay", type=float, help="lr (1 - step/steps)^decay; 0: constant, 1: linear to zero")
     add("--beta2", type=share, help="AdamW's memory of squared gradients; short for short runs")
@@ -135,7 +139,8 @@ def parse_args(argv=None, config=None):
     add("--save", type=Path, help="where their .npz goes, by default OUT/samples.npz")
     add("--guidance", type=float, metavar="W", help="uncond + W (cond - uncond): a larger W gives "
         "more typical and less varied samples")
-    add("--sampler", choices=["ddpm", "ddim", "dpm++"], help="ancestral, implicit, second order")
+    add("--sampler", choices=["ddpm", "ddim", "dpm++"], help="ancestral sampling, "
+        "DDIM, or DPM-Solver++(2M)")
     add("--sample-steps", type=positive, help="steps from noise to image, at most T")
     add("--eta", type=share, default=0.0, help="ddim's noise: 0 none, 1 as much as ancestral")
     add("--variance", choices=["beta", "posterior"], default="beta",
@@ -148,9 +153,20 @@ def parse_args(argv=None, config=None):
     for key, value in SIZES[args.size].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if args.width % 4 or args.timesteps < 2:
-        die(f"--width {args.width} --timesteps {args.timesteps}: expected a multiple of 4, and 2 "
-            "or more")
+    for wrong, message in (
+            (args.width % 4, f"--width {args.width}: expected a multiple of 4"),
+            (args.timesteps < 2, f"--timesteps {args.timesteps}: expected 2 or more"),
+            (args.beta2 == 1, "--beta2 1: expected less than 1"),
+            (not args.min_snr >= 0, f"--min-snr {args.min_snr}: expected 0 or more"),
+            (not args.decay >= 0, f"--decay {args.decay}: expected 0 or more"),
+            (not math.isfinite(args.guidance), "--guidance: expected a finite number"),
+            (args.data in TOYS and (args.bpd or args.inpaint),
+             f"--bpd and --inpaint need images; --data {args.data} is points")):
+        if wrong:
+            die(message)
+    for flag in ("save", "export"):
+        if (path := getattr(args, flag)) and not path.parent.is_dir():
+            die(f"--{flag} {path}: the folder {path.parent} does not exist; make it first")
     return args
 
 
@@ -172,7 +188,7 @@ def make_abar(schedule, T):
 def schedule_of(args):
     """abar on the device, in float64 except on mps, which has none."""
     abar = make_abar(args.schedule, args.timesteps)
-    return abar.to(args.device, torch.float32 if args.device == "mps" else torch.float64)
+    return abar.to(args.device, torch.float32 if "mps" in args.device else torch.float64)
 
 
 def signal_and_noise(abar, t, x):
@@ -207,7 +223,7 @@ def x0_of(out, xt, t, abar, predict):
 
 
 def loss_weight(t, abar, predict, gamma):
-    """Min-SNR (Hang et al. 2023): min(SNR, gamma) |x_0 - x0|^2, restated for each target; (B,)."""
+    """Min-SNR (Hang et al. 2023): min(SNR, gamma) |guess - x_0|^2, told for each target; (B,)."""
     snr = abar[t] / (1 - abar[t])
     # |eps error|^2 = SNR |x0 error|^2        |v error|^2 = (SNR + 1) |x0 error|^2
     return {"eps": (gamma / snr).clamp(max=1), "x0": snr.clamp(max=gamma),
@@ -225,7 +241,7 @@ def time_basis(t, width):
 
 
 def group_norm(C):
-    return nn.GroupNorm(math.gcd(32, C // 4), C)  # DDPM's 32 groups, or fewer of 4 channels or more
+    return nn.GroupNorm(math.gcd(32, C // 4), C)  # DDPM's 32, or fewer, of at least 4 channels
 
 
 def zero(layer):
@@ -377,16 +393,16 @@ def ddpm_step(xt, x0, a_t, a_s, z, variance):
 
 
 def ddim_step(xt, x0, a_t, a_s, z, eta):
-    """DDIM (Song et al. 2021, Eq. 12): on along the noise found, a part sigma of it made new."""
+    """DDIM (Song et al. 2021, Eq. 12): keeps the noise it found, but for a fresh part, sigma."""
     eps = (xt - math.sqrt(a_t) * x0) / math.sqrt(1 - a_t)  # from the clipped x0, to agree with it
     sigma = eta * math.sqrt(step_variance(a_t, a_s, "posterior"))
     return math.sqrt(a_s) * x0 + math.sqrt(1 - a_s - sigma**2) * eps + sigma * z
 
 
 def dpmpp_step(xt, x0, a_t, a_s, x0_prev, a_prev):
-    """DPM-Solver++(2M) (Lu et al. 2022): DDIM with x0 extrapolated from the last guess, x0_prev.
+    """DPM-Solver++(2M) (Lu et al. 2022): DDIM, with x0 extrapolated from the previous guess.
 
-    The first step has no last guess, and the last (a_s = 1) infinite log-SNR: both are DDIM.
+    The first step has no previous guess, the final one (a_s = 1) infinite log-SNR: both are DDIM.
     """
     if a_s == 1:
         return x0
@@ -482,7 +498,7 @@ def train(args, ckpt=None):
     args.shape = list(data.shape[1:])
     args.classes = 0 if labels is None else int(labels.max()) + 1
     if not args.classes and args.guidance == SIZES[args.size]["guidance"]:
-        args.guidance = 1.0  # the default was not a wish
+        args.guidance = 1.0  # it was only the preset
     torch.manual_seed(args.seed)
     model = build(args)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
@@ -514,7 +530,7 @@ def train(args, ckpt=None):
     for step in bar:
         # Step n draws from a seed of its own: --resume needs no saved random state, and all
         # processes of torchrun draw the same global batch, of which each takes its share.
-        torch.manual_seed(args.seed * 1_000_003 + step)
+        torch.manual_seed((args.seed * 1_000_003 + step) % 2**63)
         pick = torch.randint(len(data), (B,), device=dev)
         # t uniform in 1..T, one from each of B equal strata: every batch sees all noise levels
         u = (torch.rand(1, device=dev) + torch.arange(B, device=dev) / B) % 1
@@ -522,6 +538,8 @@ def train(args, ckpt=None):
         eps = torch.randn(B, *args.shape, device=dev)  # (B, C, H, W)
         drop, flip = torch.rand(2, B, device=dev)
         pick, t, eps, drop, flip = (a[RANK::WORLD] for a in (pick, t, eps, drop, flip))
+        if RANK:
+            torch.manual_seed(step * WORLD + RANK)  # dropout of its own in every process
         x0 = to_float(data[pick])  # (B, C, H, W) in [-1, 1]
         if args.flip and x0.ndim == 4:
             x0 = torch.where(flip[:, None, None, None] < 0.5, x0.flip(3), x0)
@@ -555,6 +573,7 @@ def train(args, ckpt=None):
                 ema=ema.state_dict(), optimizer=opt.state_dict()))
             save_loss(args.out, history)
             tqdm.write(f"step {step:,}: {state}, {speed:.1f} steps/s, {speed * B:.0f} img/s")
+            sys.stdout.flush()
             if not done and args.data not in TOYS:
                 x = generate(args, ema, class_labels(args, 80))
                 save_png(args.out / f"step_{step:06}.png", grid(x, 8 if args.classes else 10)[None])
@@ -618,19 +637,15 @@ def sample(args, model):
         np.concatenate([grid(to_uint8(x), 4, 300), grid(to_uint8(x0), 4, 300)], axis=1)))
     save_png(args.out / "trajectory.png", np.stack(frames + frames[-1:] * 8))
 
-    # From one noise to another along the sphere: x_T has length near sqrt(dimension), and the
-    # straight way between two would pass through shorter ones, which the model never saw.
     a, b = noise_of(args, 2, 10, 1)  # (10, 1, C, H, W)
-    angle = F.cosine_similarity(a.flatten(1), b.flatten(1)).acos().view(10, 1, 1, 1, 1)
-    f = torch.linspace(0, 1, 10).view(1, 10, 1, 1, 1)
-    noise = (((1 - f) * angle).sin() * a + (f * angle).sin() * b) / angle.sin()  # (10, 10, C, H, W)
+    noise = slerp(a, b, torch.linspace(0, 1, 10).view(1, 10, 1, 1, 1))  # (10, 10, C, H, W)
     brief.sampler, brief.eta = "dpm++", 0.0  # no fresh noise on the way
     labels = class_labels(args, 10).repeat_interleave(10)
     save_png(args.out / "interpolation.png",
              grid(generate(brief, model, labels, noise.flatten(0, 1)), 10)[None])
 
     # Has it memorised? Each sample beside its nearest training image, where there are any.
-    if args.data not in DATASETS or (args.data_dir / args.data).exists():
+    if have_data(args):
         known = load_data(args, "train")[0]
         distance, index = nearest(shown, known)
         pairs = torch.stack([shown, known[index]], 1).flatten(0, 1)  # (2 N, C, H, W)
@@ -640,11 +655,20 @@ def sample(args, model):
         real = nearest(load_data(args, "test")[0][:100], known)[0]
         say(f", test images {real.median():.1f} {real.min():.1f}")
     say(f"pictures in {args.out}: samples, trajectory, interpolation, nearest\n"
-        f"now try: python {NAME}.py --sample --guidance 3 --out {args.out}")
+        f"now try: python {NAME}.py --sample {'--guidance 3' if args.classes else '--seed 1'} "
+        f"--out {args.out}")
+
+
+def slerp(a, b, f):
+    """From noise a (f = 0) to b (f = 1) along the sphere: noise has length near sqrt(dimension),
+    and the straight way would lead through shorter vectors, which the model never saw. a, b
+    (N, 1, C, H, W), f broadcast to them."""
+    angle = F.cosine_similarity(a.flatten(1), b.flatten(1)).acos().view(-1, 1, 1, 1, 1)
+    return (((1 - f) * angle).sin() * a + (f * angle).sin() * b) / angle.sin()
 
 
 def nearest(queries, known):
-    """Distance (Q,) to and index (Q,) of the nearest of known, both sets uint8 (N, C, H, W)."""
+    """Distance (Q,) to and index (Q,) of the nearest of known, for sets of images or of points."""
     q = to_float(queries).flatten(1)  # (Q, C H W); exact distances, not by rounded products
     d = [torch.cdist(q, to_float(k).flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
          for k in known.split(10_000)]
@@ -701,14 +725,14 @@ def bound_term(x0, guess, t, abar, variance):
 
 @torch.no_grad()
 def bits_per_dim(args, model):
-    """The bound over the test set: a table of its terms, and bpd.png. Each L_t is estimated from
-    a batch of test images drawn for it; the standard error of the sum is printed."""
+    """The bound over the test set: a table of its terms, and bpd.png. Each L_{t-1} is estimated on
+    a batch of test images drawn for it; standard errors are printed. Returns the total."""
     images, labels = load_data(args, "test")
     T, abar, n = args.timesteps, schedule_of(args), args.batch_size
     per_dim = 1 / (math.log(2) * math.prod(args.shape))  # nats an image -> bits a dimension
     x0, a_T = to_float(images.cpu()).double(), abar[T].item()
     prior = normal_kl(math.sqrt(a_T) * x0, 1 - a_T, 0.0, 1.0).flatten(1).sum(1).mean().item()
-    mean, error = [prior * per_dim], [0.0]  # mean[t] is the term of step t, mean[0] the prior
+    mean, error = [prior * per_dim], [0.0]  # mean[t] is L_{t-1}, mean[0] the prior
     torch.manual_seed(args.seed)
     for t in tqdm(range(1, T + 1), desc="bits/dim", leave=False, disable=None):
         i = torch.randint(len(images), (n,), device=images.device)
@@ -724,10 +748,10 @@ def bits_per_dim(args, model):
     edges = sorted({2, *(max(2, T * k // 100) for k in (1, 10, 25, 50)), T + 1}, reverse=True)
     for hi, lo in zip(edges, edges[1:]):
         part, e = sum(mean[lo:hi]), math.hypot(*error[lo:hi])
-        say(f"  L_t {lo:5}..{hi - 1:<5}  {part:9.5f} +- {e:.5f}")
+        say(f"  L_{{t-1}} {lo:4}..{hi - 1:<5} {part:9.5f} +- {e:.5f}")
     say(f"  decoder L_0       {mean[1]:9.5f} +- {error[1]:.5f}")
     say(f"  total             {sum(mean):9.5f} +- {math.hypot(*error):.5f}")
-    picture = plot({"L_t": (range(1, T + 1), mean[1:])}, "t", "bits/dim", log=True)
+    picture = plot({"L_(t-1)": (range(1, T + 1), mean[1:])}, "t", "bits/dim", log=True)
     save_png(args.out / "bpd.png", picture[None])
     return sum(mean)
 
@@ -768,12 +792,12 @@ def inpaint(args, model, answers=6, rounds=4):
     return to_uint8(x)
 
 
-def compare(args):
-    """compare.png: the same noise through several checkpoints, a row each."""
+def compare(args, argv):
+    """compare.png: the same noise through several checkpoints, one row each."""
     rows = []
     for path in args.compare:
         ckpt = read_checkpoint(Path(path))
-        one = parse_args([], ckpt["config"])
+        one = parse_args(argv, ckpt["config"])
         one.device, one.bf16, one.seed = args.device, args.bf16, args.seed
         if one.data in TOYS:
             die(f"--compare {path}: a model of {one.data}; expected one of images")
@@ -850,11 +874,9 @@ def sample_points(args, model, side=320, reach=1.8):
     film = [panel(f"t={t}", (path[t], blue)) for t in times[::max(1, len(times) // 40)]]
     save_png(args.out / "trajectory.png", np.stack(film + [panel("t=0", (path[0], red))] * 10))
     save_npz(args.save or args.out / "samples.npz", path[0].cpu().numpy())
-    miss = lambda p: torch.cdist(p, data[2000:], compute_mode="donot_use_mm_for_euclid_dist") \
-        .min(1).values.mean().item()
-    say(f"mean distance to the nearest data point: samples {miss(path[0]):.3f}, other data "
-        f"{miss(data[:2000]):.3f}, noise {miss(path[times[0]]):.3f}\n"
-        f"pictures in {args.out}: flow, trajectory\n"
+    miss = [nearest(p, data[2000:])[0].mean() for p in (path[0], data[:2000], path[times[0]])]
+    say(f"mean distance to the nearest data point: samples {miss[0]:.3f}, other data {miss[1]:.3f},"
+        f" noise {miss[2]:.3f}\npictures in {args.out}: flow, trajectory\n"
         f"now try: python {NAME}.py --train --data moons --out out/moons")
 
 
@@ -1007,6 +1029,14 @@ def data_file(args, file):
     return gzip.decompress(data) if file.endswith(".gz") else data
 
 
+def have_data(args):
+    """Is all of --data on this disk, so that nothing need be downloaded?"""
+    if args.data not in DATASETS:
+        return Path(args.data).exists()
+    files = [f for f in DATASETS[args.data][1] if not f.endswith(".tar.gz")]
+    return all((args.data_dir / args.data / f).exists() for f in files)
+
+
 def load_data(args, split):
     """Images (N, C, H, W) uint8 and labels (N,) int64 or None, all on the device; split is "train"
     or "test", which in a file of your own is every tenth image."""
@@ -1036,7 +1066,8 @@ def own_data(path):
         die(f"--data {path} is not known; choose {', '.join(DATASETS)} or a .npy or .npz file")
     try:
         file = np.load(path)
-        arrays = {k: file[k] for k in file.files} if path.endswith(".npz") else {"images": file}
+        named = not isinstance(file, np.ndarray)
+        arrays = {k: file[k] for k in file.files} if named else {"images": file}
     except Exception as e:
         die(f"--data {path} cannot be read: {e}")
     images, labels = arrays.get("images", arrays.get("arr_0")), arrays.get("labels")
@@ -1186,7 +1217,7 @@ def read_checkpoint(path):
     except Exception as e:
         die(f"{path} is no checkpoint, or a damaged one ({type(e).__name__})")
     file = ckpt.get("file") if isinstance(ckpt, dict) else None
-    if file != NAME:
+    if file != NAME or "config" not in ckpt:
         die(f"{path} is no checkpoint of {NAME}.py{f', but of {file}.py' if file else ''}")
     return ckpt
 
@@ -1220,8 +1251,13 @@ def main(argv=None):
     args, ckpt = parse_args(argv), None
     if not any((args.train, args.sample, args.bpd, args.inpaint, args.compare, args.export)):
         return parse_args(["--help"])
+    if args.compare and (args.train or args.sample or args.bpd or args.inpaint or args.export):
+        die("--compare stands alone; leave out the other verbs")
+    path = args.out / "model.pt"
+    if args.train and not args.resume and path.exists():
+        if (old := read_checkpoint(path)["config"]["data"]) != args.data:
+            die(f"--out {args.out} holds a model of {old}; choose another --out for {args.data}")
     if not args.compare and (args.resume or not args.train):
-        path = args.out / "model.pt"
         if not (path.exists() or args.resume) and (HERE / "pretrained" / f"{NAME}.pt").exists():
             path = HERE / "pretrained" / f"{NAME}.pt"
         ckpt = read_checkpoint(path)
@@ -1234,7 +1270,7 @@ def main(argv=None):
     try:
         setup(args)
         if args.compare:
-            return compare(args)
+            return compare(args, argv)
         if args.train:
             model = train(args, ckpt)
         else:
@@ -1244,19 +1280,18 @@ def main(argv=None):
             return
         if args.export:
             ckpt = read_checkpoint(args.out / "model.pt")
-            small = {k: ckpt[k] for k in ("file", "config", "step")}
-            small["ema"] = {k: v.half() for k, v in ckpt["ema"].items()}
-            save_checkpoint(args.export, small)
+            if not args.train or ckpt["step"] == args.steps:  # not what Ctrl-C left
+                small = {k: ckpt[k] for k in ("file", "config", "step")}
+                small["ema"] = {k: v.half() for k, v in ckpt["ema"].items()}
+                save_checkpoint(args.export, small)
         if args.train or args.sample:
             sample(args, model)
-        if (args.bpd or args.inpaint) and args.data in TOYS:
-            die(f"--bpd and --inpaint need images; this is a model of {args.data}")
         if args.bpd:
             bits_per_dim(args, model)
         if args.inpaint:
             inpaint(args, model)
     except OSError as e:  # disk full, no right to write: the last checkpoint is whole
-        die(f"cannot write to {e.filename or args.out}: {e.strerror or e}")
+        die(f"{e.filename or args.out}: {e.strerror or e}")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:

@@ -1,4 +1,4 @@
-"""Speed of ddpm.py beside its peers: python tests/bench_ddpm.py [--rounds 5] [--seconds 2]
+"""Speed of ddpm.py beside its peers: python tests/bench_ddpm.py [--rounds 5]
 
 Training: images a second of one step (forward, backward, clip, AdamW, EMA) at the image size that
 each network takes, 28 or 32. Sampling: seconds per 1,000 images, with ddpm.py's defaults and the

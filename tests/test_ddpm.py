@@ -164,7 +164,7 @@ def test_sampler_variances(monkeypatch, sampler, options, steps, expected):
     Carlo."""
     abar = ddpm.make_abar("linear", 1000)
     for var, value in zip((1.0, 0.25, 0.04), expected):
-        digits = len(str(value).split(".")[1])
+        digits = 4 if value < 0.02 else len(str(value).split(".")[1])
         assert round(
             final_moments(monkeypatch, abar, 0.0, var, sampler, steps, **options)[1], digits
         ) == pytest.approx(value)
@@ -294,23 +294,18 @@ class Constant(torch.nn.Module):
 
 def test_clip_is_live():
     """A wild answer moves x_0 to the border of [-1, 1], not beyond, and eps is derived again from
-    the clipped x_0."""
+    the clipped x_0: with the model's own eps the states would run away."""
     abar, y = ddpm.make_abar("linear", 1000), torch.zeros(2, dtype=torch.long)
-    x = torch.full((2, 3), 0.5)
-    assert torch.equal(
-        ddpm.make_denoiser(Constant(1e4), y, abar, "eps", 1.0)(x, 900), -torch.ones(2, 3)
-    )
-    out = ddpm.sample_loop(
-        ddpm.make_denoiser(Constant(-1e4), y, abar, "eps", 1.0), x, abar, "ddim", 50
-    )
-    assert torch.allclose(
-        out, torch.ones(2, 3)
-    )  # W/o a new eps the state would leave by thousands on the way
+    x, states = torch.full((2, 3), 0.5), []
+    denoise = ddpm.make_denoiser(Constant(1e4), y, abar, "eps", 1.0)
+    assert torch.equal(denoise(x, 900), -torch.ones(2, 3))
+    for sampler in ("ddpm", "ddim", "dpm++"):
+        ddpm.sample_loop(denoise, x, abar, sampler, 50, keep=lambda t, x, x0: states.append(x))
+    assert torch.stack(states).abs().max() < 6
     a_t, a_s = abar[900].item(), abar[800].item()
     step = ddpm.ddim_step(x, torch.ones(2, 3), a_t, a_s, 0.0, 0.0)
-    assert torch.allclose(
-        step, math.sqrt(a_s) + math.sqrt(1 - a_s) * (x - math.sqrt(a_t)) / math.sqrt(1 - a_t)
-    )
+    eps = (x - math.sqrt(a_t)) / math.sqrt(1 - a_t)
+    assert torch.allclose(step, math.sqrt(a_s) + math.sqrt(1 - a_s) * eps)
 
 
 def test_guidance():
@@ -415,6 +410,24 @@ def test_time_basis_tells_times_apart():
     assert (near[0] - near[1]).norm().item() == pytest.approx(0.027, abs=5e-4)
 
 
+def test_time_is_scaled_to_a_thousand():
+    """Whatever T, the networks see times up to 1000: t = T/2 looks the same at T = 10 and 1000."""
+    for make in (
+        lambda T: ddpm.Field(T, 16, 1),
+        lambda T: ddpm.UNet(1, 0, T, 1, 16, [1], 1, [], 0.0),
+    ):
+        outs = []
+        for T in (10, 1000):
+            torch.manual_seed(0)
+            model = make(T)
+            for p in model.parameters():
+                torch.nn.init.normal_(p, std=0.2)
+            x = torch.full((1, 2) if T and isinstance(model, ddpm.Field) else (1, 1, 4, 4), 0.3)
+            outs.append(model(x, torch.tensor([T // 2])))
+            assert not torch.allclose(outs[-1], model(x, torch.tensor([T])), atol=1e-4)
+        assert torch.allclose(*outs, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [(8, 8), (14, 10), (6, 26)])
 def test_any_size_goes_in_and_comes_out(size):
     """Odd sizes on the way down (7, 13) are met again on the way up."""
@@ -423,17 +436,6 @@ def test_any_size_goes_in_and_comes_out(size):
         2,
         3,
         *size,
-    )
-
-
-def test_silu_is_safe():
-    """Slide SiLU: x sigma(x); the slide's e^x/(1 + e^x) is inf/inf for large x, the primitive is
-    not."""
-    x = torch.tensor([-200.0, -1.0, 0.0, 1.0, 100.0])
-    assert torch.isnan(x.exp() / (1 + x.exp()))[-1]
-    assert (
-        torch.allclose(torch.nn.functional.silu(x), x * torch.sigmoid(x))
-        and torch.nn.functional.silu(x)[-1] == 100
     )
 
 
@@ -596,7 +598,8 @@ def test_two_processes_are_one(tmp_path):
     one, two = (torch.load(tmp_path / f / "model.pt", weights_only=True) for f in ("one", "two"))
     assert [s for s, _ in one["history"]] == [s for s, _ in two["history"]]
     assert np.allclose([v for _, v in one["history"]], [v for _, v in two["history"]], rtol=5e-3)
-    assert one["model"].keys() == two["model"].keys()
+    for key, value in one["model"].items():  # gradients are averaged, or the weights would part
+        assert torch.allclose(value, two["model"][key], atol=5e-3), key
 
 
 # ---- Bits per dimension --------------------------------------------------------------------------
@@ -670,6 +673,32 @@ def test_bound_approaches_the_entropy():
     assert gaps == pytest.approx([0.2735, 0.0730, 0.0187], abs=0.012) and gaps[2] > 0
 
 
+def test_table_adds_up(tmp_path, monkeypatch, capsys):
+    """With a model that knows x_0 all L_t vanish but for the variances; the printed total is the sum
+    of the printed terms, and returned."""
+    truth = {}
+    original = ddpm.q_sample
+
+    def remember(x0, t, eps, abar):
+        truth["x0"] = x0
+        return original(x0, t, eps, abar)
+
+    monkeypatch.setattr(ddpm, "q_sample", remember)
+    monkeypatch.setattr(ddpm, "make_denoiser", lambda *_: lambda x, t: truth["x0"])
+    args = ddpm.parse_args(
+        ["--bpd", "--timesteps", "60", "--device", "cpu", "--out", str(tmp_path)]
+    )
+    args.variance, args.shape, args.classes, args.batch_size = "posterior", [1, 28, 28], 10, 4
+    total = ddpm.bits_per_dim(args, None)
+    said = capsys.readouterr().out
+    terms = [float(v) for v in re.findall(r"(?:L_T|\d|L_0) +(\d+\.\d+)", said)]
+    assert len(terms) > 4 and sum(terms) == pytest.approx(total, abs=1e-3)
+    abar = ddpm.make_abar("cosine", 60).tolist()
+    var = ddpm.step_variance(abar[2], abar[1], "posterior")
+    pixel = ddpm.decoder_log_prob(f64(0.0), f64(0.0), var).item()  # of a grey one; black costs less
+    assert 0 < terms[-1] < -pixel / math.log(2) and max(terms[1:-1]) < 1e-5
+
+
 # ---- Pictures ------------------------------------------------------------------------------------
 
 
@@ -713,7 +742,20 @@ def test_pixels_survive_the_round_trip():
         and ddpm.to_float(x).min() == -1
         and ddpm.to_float(x).max() == 1
     )
-    assert ddpm.to_uint8(ddpm.to_float(x) + 0.9 / 255).equal(x)
+    for push in (0.9, -0.9):
+        assert ddpm.to_uint8(ddpm.to_float(x) + push / 255).equal(x)
+
+
+def test_slerp_keeps_the_length():
+    """Ends at both noises, and keeps the length that noise has in between; the straight mean of two
+    would have 0.7 of it."""
+    a, b = torch.randn(2, 3, 1, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    f = torch.linspace(0, 1, 5).view(1, 5, 1, 1, 1)
+    way = ddpm.slerp(a, b, f)  # (3, 5, 1, 28, 28)
+    assert torch.allclose(way[:, 0], a[:, 0], atol=1e-5)
+    assert torch.allclose(way[:, 4], b[:, 0], atol=1e-5)
+    lengths = way.flatten(2).norm(dim=2) / 28
+    assert 0.9 < lengths.min() and lengths.max() < 1.1 and (a + b).norm(dim=(3, 4)).max() / 56 < 0.8
 
 
 def test_nearest_is_brute_force():
@@ -909,6 +951,10 @@ def bad_files(tmp_path_factory, trained):
     for name, change in (("other", dict(file="vqvae")), ("junk", None)):
         (folder / name).mkdir()
         ckpt = torch.load(trained[0] / "out/ddpm/model.pt", weights_only=True)
+        (folder / "half").mkdir(exist_ok=True), (folder / "tensor").mkdir(exist_ok=True)
+        whole = (trained[0] / "out/ddpm/model.pt").read_bytes()
+        (folder / "half/model.pt").write_bytes(whole[: len(whole) // 2])
+        torch.save(torch.zeros(3), folder / "tensor/model.pt")
         if change:
             torch.save({**ckpt, **change}, folder / name / "model.pt")
         else:
@@ -943,6 +989,14 @@ def bad_files(tmp_path_factory, trained):
         ("--train --resume --out {bad}/nothing", ["{bad}/nothing/model.pt", "--train"]),
         ("--sample --out {bad}/other", ["other/model.pt", "vqvae.py"]),
         ("--sample --out {bad}/junk", ["junk/model.pt", "damaged"]),
+        ("--sample --out {bad}/half", ["half/model.pt", "damaged"]),
+        ("--sample --out {bad}/tensor", ["tensor/model.pt", "no checkpoint"]),
+        ("--sample --out {trained} --guidance nan", ["--guidance"]),
+        ("--train --data spiral --out {trained}", ["--data spiral", "mnist", "--out"]),
+        ("--train --data spiral --bpd", ["--bpd", "spiral"]),
+        ("--train --eta 2", ["--eta", "'2'"]),
+        ("--train --lr -1", ["--lr", "-1"]),
+        ("--compare {trained}/model.pt {bad}/junk/model.pt", ["junk/model.pt", "damaged"]),
         ("--sample --out {trained} --width 64", ["--width 64", "16"]),
         ("--sample --out {trained} --size paper", ["--size paper", "small"]),
         ("--train --resume --out {trained} --predict x0", ["--predict x0", "trained with v"]),
@@ -979,6 +1033,31 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, trained):
     assert torch.load(path, weights_only=True) == dict(a=1) and [
         p.name for p in tmp_path.iterdir()
     ] == ["model.pt"]
+
+
+def test_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    """A disk that fills up during training: exit code 2, one line with the file, nothing half-
+    made."""
+    original = Path.write_bytes
+
+    def full(self, data):
+        if "model.pt" in self.name:
+            raise OSError(28, "No space left on device", str(self))
+        return original(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(SystemExit) as stop:
+        ddpm.main([*TINY, "--train", "--steps", "2", "--out", str(tmp_path), "--device", "cpu"])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "No space left on device" in message and "model.pt" in message
+    assert "Traceback" not in message and not list(tmp_path.glob("*.part"))
+
+
+def test_guidance_needs_classes_when_sampling_too(tmp_path):
+    """A model trained without labels samples, but not with guidance."""
+    run(*TINY, "--train", "--steps", 2, "--unconditional", "--out", tmp_path)
+    result = run("--sample", "--guidance", 3, "--out", tmp_path, ok=False)
+    assert result.returncode == 2 and "--guidance 3" in result.stderr
 
 
 # ---- Downloads, against a local server -----------------------------------------------------------

@@ -1,4 +1,6 @@
-"""The enclosed checkpoints draw what the README says; judged without a network of our own making."""
+"""The enclosed checkpoints draw what the README says; judged without a network of our own
+making."""
+
 import re
 import time
 from pathlib import Path

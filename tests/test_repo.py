@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(ROOT.glob("*.py"))
@@ -125,11 +126,10 @@ def test_readme_counts_lines():
 
 
 def test_checkpoints_are_small():
-    """pretrained/ holds at most one checkpoint a file, of at most 4 MB, with half-precision
+    """pretrained/ holds at most one checkpoint per file, at most 4 MB, with half-precision
     weights."""
     for path in (ROOT / "pretrained").iterdir():
-        assert (
-            path.suffix == ".pt"
-            and ROOT / f"{path.stem}.py" in FILES
-            and path.stat().st_size <= 4_000_000
-        )
+        assert path.suffix == ".pt" and ROOT / f"{path.stem}.py" in FILES
+        assert path.stat().st_size <= 4_000_000
+        ckpt = torch.load(path, weights_only=True)
+        assert all(v.dtype == torch.float16 for v in ckpt["ema"].values())
