@@ -99,8 +99,9 @@ def commands():
                 yield match.group(1), match.group(2)
 
 
-def test_readme_commands_parse():
+def test_readme_commands_parse(monkeypatch):
     """Each command of the README names an existing file and flags that it knows."""
+    monkeypatch.chdir(ROOT)
     found = list(commands())
     assert len(found) > 5
     for file, rest in found:
