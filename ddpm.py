@@ -806,7 +806,7 @@ def compare(args, argv):
         x = grid(generate(one, model, class_labels(one, 10)), 10, 700)
         rows += [caption(f"{one.predict}, step {ckpt['step']}, {path}", x.shape[1]), x]
     save_png(args.out / "compare.png", stack(rows)[None])
-    say(f"one row a checkpoint: {args.out / 'compare.png'}")
+    say(f"one row per checkpoint: {args.out / 'compare.png'}")
 
 
 # ---- 10. Two dimensions: the flow itself (slides: Neural flow fields, Flow between distributions)
@@ -852,7 +852,7 @@ def sample_points(args, model, side=320, reach=1.8):
                     args.sample_steps, args.eta, args.variance,
                     keep=lambda t, x, x0: path.update({t: x}))
         times, data = list(path), toy_points(args)[0]  # times from T down to 0
-        line = torch.linspace(-0.9, 0.9, 16) * reach
+        line = torch.linspace(-0.85, 0.85, 16) * reach
         mesh, fields = torch.cartesian_prod(line, line).to(args.device), []  # (256, 2)
         for at in (0, 0.5, 0.8, 0.95):
             t, s = times[int(at * (len(times) - 2)):][:2]
@@ -912,7 +912,7 @@ FONT = dict(zip(
         "75557 26227 71747 71717 55711 74717 74757 71122 75757 75717 25755 65656 34443 65556 74647 "
         "74644 34553 55755 72227 11152 55655 44447 57755 65555 25552 65644 25563 65655 34216 72222 "
         "55557 55552 55775 55255 55222 71247 03553 44656 03443 11353 02563 12722 03536 44655 20222 "
-        "10116 44565 62227 05775 06555 02552 06564 03531 05644 03636 27221 05553 05552 05577 00525 "
+        "10116 44565 62227 07755 06555 02552 06564 03531 05644 03636 27221 05553 05552 05577 00525 "
         "05536 07247 00000 00002 00700 02720 07070 11244 00007 02020 00024 12221 42224 51245 42124"
     ).split()))
 
