@@ -65,7 +65,7 @@ TOYS = ["spiral", "moons", "rings"]
 SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
     "small": dict(  # a laptop
         patch=2, width=32, mults=[1, 2], blocks=1, attention=[1], dropout=0.0, predict="v",
-        schedule="cosine", steps=3200, batch_size=64, lr=3e-3, warmup=100, decay=0.5, beta2=0.99,
+        schedule="cosine", steps=3000, batch_size=64, lr=3e-3, warmup=100, decay=0.5, beta2=0.99,
         ema=0.999, sampler="dpm++", sample_steps=20, guidance=1.5, num=100, every=500),
     "base": dict(  # a GPU, tens of minutes
         patch=1, width=96, mults=[1, 2, 2], blocks=2, attention=[1], dropout=0.1, predict="v",
