@@ -914,7 +914,7 @@ FONT = dict(zip(
         "75557 26227 71747 71717 55711 74717 74757 71122 75757 75717 25755 65656 34443 65556 74647 "
         "74644 34553 55755 72227 11152 55655 44447 57755 65555 25552 65644 25563 65655 34216 72222 "
         "55557 55552 55775 55255 55222 71247 03553 44656 03443 11353 02563 12722 03536 44655 20222 "
-        "10116 44565 62227 07755 06555 02552 06564 03531 05644 03636 27221 05553 05552 05577 00525 "
+        "10116 44565 62227 07755 06555 02552 06564 03531 05644 03416 27221 05553 05552 05577 00525 "
         "05536 07247 00000 00002 00700 02720 07070 11244 00007 02020 00024 12221 42224 51245 42124"
     ).split()))
 
@@ -1155,10 +1155,10 @@ def caption(text, width):
 
 
 def ticks(low, high, log):
-    """About five round numbers in low..high; log: of exponents, those of 1, 2, 5, 10, 20, ..."""
+    """About five round numbers in low..high; log: of exponents, those of 1, 2, 3, 5, 7, 10, ..."""
     if log:
         marks = [k + math.log10(m) for k in range(math.floor(low), math.ceil(high))
-                 for m in (1, 2, 5)]
+                 for m in (1, 2, 3, 5, 7)]
         marks = [m for m in marks if low <= m <= high]
         return marks if len(marks) < 9 else [m for m in marks if m % max(1, (high - low) // 4) == 0]
     step = 10 ** math.floor(math.log10((high - low) / 4))
