@@ -951,8 +951,8 @@ def pick_device(device):
     return best if device == "auto" else device
 
 
-def setup(args):
-    """Settles args.device and args.bf16, joins the processes of torchrun, makes the folder."""
+def use_device(args):
+    """Settles args.device and args.bf16, joins the processes of torchrun."""
     args.device = pick_device(args.device)
     cuda = args.device.startswith("cuda")
     try:
@@ -968,6 +968,11 @@ def setup(args):
     has = torch.cpu.get_capabilities() if args.device == "cpu" else {}
     args.bf16 = bool(torch.cuda.is_bf16_supported(False) if cuda else
                      has.get("amx_bf16") or has.get("avx512_bf16"))
+
+
+def setup(args):
+    """use_device, the output folder, and the first line printed."""
+    use_device(args)
     args.out.mkdir(parents=True, exist_ok=True)
     say(f"{args.device}, torch {torch.__version__}, {'bf16' if args.bf16 else 'float32'}, "
         f"size {args.size}, writing to {args.out}")
