@@ -6,9 +6,8 @@ of points in the space of a network's features, or by people who choose between 
 Slides     Evaluation, Human Evaluation, Fréchet Distance, FID: Fréchet Inception Distance, FID
 Equations  d_F = |mu_r - mu_g|^2 + tr(S_r + S_g - 2 (S_r S_g)^(1/2))      S is the slides' Sigma
            tr (S_r S_g)^(1/2) = sum of s_i,   the singular values of S_r^(1/2) S_g^(1/2)
-           bias at n_r, n_g images, of Gaussian features:
-               tr S_r/n_r + tr S_g/n_g + (1/(n_r - 1) + 1/(n_g - 1))/2 C,
-               C = sum over i <= j of 2 s_i s_j/(s_i + s_j)
+           bias of d_F from n_r, n_g images with Gaussian features:
+               tr S_r/n_r + tr S_g/n_g + (1/(n_r - 1) + 1/(n_g - 1)) sum_{i<=j} s_i s_j/(s_i + s_j)
            KID = E k(x, x') + E k(y, y') - 2 E k(x, y),    k(x, y) = (x.y/D + 1)^3
            p = W/(W + L): share of the votes won, with Wilson's interval
 Notation   mu, S     mu, S        (D,), (D, D)   mean and covariance of the features, float64
@@ -20,7 +19,7 @@ Run        python fid.py mnist:train out/ddpm/samples.npz --classes      judge s
            python fid.py --train --data fashion --out out/fashion        features of your own
            python fid.py --sweep                     what moves the number, from real digits
            python fid.py --vote a.npz b.npz          which do you prefer? then --tally
-Expect     --train: 1 minute on 2 CPU cores for 99.6 % of the test digits; the enclosed one has 99.7 %
+Expect     --train: 1 minute on 2 CPU cores, 99.6 % of the test digits; the enclosed one has 99.7 %
            (fashion 90 %, CIFAR-10 75 %, with --steps 6000 85 %). A report on 61,000 digits: 10 s.
            Inception: 15 images a second on 2 cores, 50 with --fast. GPU: not measured yet.
            In out/fid/: model.pt, mistakes.png, loss (.png, .csv), sweep_*.png, votes.jsonl.
@@ -69,8 +68,8 @@ SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
     "base": dict(features="ours", width=96, steps=8000, batch_size=512, lr=4e-3, every=1000),
     "paper": dict(features="inception", width=0, steps=0, batch_size=0, lr=0.0, every=0),
 }
-CLASSIFIER = ["width", "steps", "batch_size", "lr", "size", "data", "seed", "flip", "shape",
-              "num_classes"]  # what a checkpoint keeps of the flags
+CONFIG_KEYS = ["width", "steps", "batch_size", "lr", "size", "data", "seed", "flip", "shape",
+               "num_classes"]  # what a checkpoint keeps of the flags
 
 
 def parse_args(argv=None, config=None):
@@ -107,8 +106,10 @@ def parse_args(argv=None, config=None):
         "neighbour")
     # the votes
     add("--num", type=positive, default=50, help="pairs to vote on, at most as many as there are")
-    add("--repeats", type=share, default=0.1, help="share of pairs shown again, sides swapped")
-    add("--votes", type=Path, help="where votes are kept, by default OUT/votes.jsonl")
+    add("--repeats", type=share, default=0.1, help="share of pairs shown again, sides swapped, "
+        "at most 0.5")
+    add("--votes", type=Path, help="where votes are kept, by default OUT/votes.jsonl; for several "
+        "raters one file and one --seed each")
     add("--port", type=int, default=8000, help="of the page on 127.0.0.1; 0: any that is free")
     # where, and on what
     add("--data", default="mnist", help="mnist, fashion, cifar10, or a .npy/.npz file of your own")
@@ -145,6 +146,9 @@ def parse_args(argv=None, config=None):
              "--size paper: its network is downloaded, not trained; leave out --train"),
             (args.resume and not args.train, "--resume: needs --train"),
             (args.export and not args.train, "--export: needs --train"),
+            (args.save_stats and (args.save_stats.exists() or args.save_stats.suffix != ".npz"),
+             f"--save-stats {args.save_stats}: expected a new file, with a name ending in .npz"),
+            (not 0 <= args.seed < 2**63, f"--seed {args.seed}: expected 0 or more, below 2^63"),
             (not 0 <= args.port < 65536, f"--port {args.port}: expected 0 to 65535")):
         if wrong:
             die(message)
@@ -155,15 +159,16 @@ def parse_args(argv=None, config=None):
 #
 # The slide's leash is a distance of two paths: over all ways of walking them together, the least
 # longest gap. Between two distributions it is the same idea: over all ways of pairing their points,
-# the least mean squared gap (Fréchet 1957). For Gaussians it has a closed form, the slide's d_F.
+# the least mean squared gap (Fréchet 1957). For two Gaussians it has a closed form, the slide's
+# d_F; features are not Gaussian, and d_F then compares only their means and covariances.
 
 
-def root(S):
+def factor(S):
     """A (D, r) with A A^T = S (D, D), symmetric, float64, of rank r; eigenvalues that are rounding
     errors are left out. Errors: ValueError if S has a clearly negative eigenvalue."""
-    L, failed = torch.linalg.cholesky_ex(S)
-    if not failed and L.diagonal().min() > 1e-6 * L.diagonal().max():
-        return L  # of full rank, the usual case: much quicker
+    A, failed = torch.linalg.cholesky_ex(S)
+    if not failed and A.diagonal().min() > 1e-6 * A.diagonal().max():
+        return A  # of full rank, the usual case: much quicker
     lam, V = torch.linalg.eigh(S)  # lam (D,), rising; V (D, D)
     noise = len(S) * torch.finfo(S.dtype).eps * lam[-1].abs()
     if lam[0] < -max(1e-8 * lam[-1], noise):
@@ -178,7 +183,7 @@ def overlap(S1, S2):
     # So tr (S1 S2)^(1/2) = sum of sqrt(lam_i), and sqrt(lam_i) are the singular values s_i of
     # S1^(1/2) S2^(1/2). With S1 = A A^T, S2 = B B^T, A^T B has the same ones. No root is taken
     # after the product: a rounding error e stays e, where sqrt(lam_i) would make it sqrt(e).
-    return torch.linalg.svdvals(root(S1).T @ root(S2))
+    return torch.linalg.svdvals(factor(S1).T @ factor(S2))
 
 
 def frechet_distance(mu1, S1, mu2, S2):
@@ -191,22 +196,39 @@ def frechet_distance(mu1, S1, mu2, S2):
     return float((mu1 - mu2).square().sum() + S1.trace() + S2.trace() - 2 * overlap(S1, S2).sum())
 
 
-def frechet_bias(S1, S2, n1, n2):
-    """How much too large frechet_distance is on average, to first order in 1/n, when means and
-    covariances come from n1 and n2 samples of Gaussians. A float."""
-    # An error in mu adds tr S/n. An error in S1 is one in M = S2^(1/2) S1 S2^(1/2) = diag(s^2); to
-    # second order tr M^(1/2) loses sum_ij dM_ij^2/(4 s_i s_j (s_i + s_j)), it is concave; and
-    # E dM_ij^2 = s_i^2 s_j^2 (1 + [i = j])/(n1 - 1), of the Wishart distribution. Likewise S2.
-    s = overlap(S1, S2)
-    s = s[s > 0]
-    C = (s[:, None] * s / (s[:, None] + s)).sum() + s.sum() / 2
-    return float(S1.trace() / n1 + S2.trace() / n2 + (1 / (n1 - 1) + 1 / (n2 - 1)) / 2 * C)
+def frechet_bias(S1, S2, n1, n2, between=None):
+    """How much too large frechet_distance is on average when S1 comes from n1 and S2 from n2 images
+    with Gaussian features, to first order in 1/n. between (D, D): the covariance of the second
+    set's class means, if its classes were not drawn but fixed in number, which leaves them out of
+    the errors. S1 and S2 are themselves estimates, which misses a share D/(2 n) of the bias."""
+    # An error in mu adds tr S/n. One in S2 is one in M = A^T S2 A = U diag(s^2) U^T, A A^T = S1.
+    # tr M^(1/2) is concave: to second order errors make it lose sum_ij dM_ij^2/(4 s_i s_j (s_i +
+    # s_j)), and FD gains twice that. E dM_ij^2 = s_i^2 s_j^2 (1 + [i = j]) (1 - b_i b_j)/(n2 - 1):
+    # Wishart's, with b_i the share of variance i that lies between fixed classes. Likewise S1.
+    A = factor(S1)
+    U, s, _ = torch.linalg.svd(A.T @ factor(S2), full_matrices=False)  # (r, r'), (r',)
+    U, s = U[:, s > 0], s[s > 0]
+    pair = s[:, None] * s / (s[:, None] + s)
+    pair = pair + pair.diag().diag()  # (r', r')
+    bias = S1.trace() / n1 + S2.trace() / n2 + pair.sum() / 2 * (1 / (n1 - 1) + 1 / (n2 - 1))
+    if between is not None:
+        b = ((between @ A @ U) * (A @ U)).sum(0) / s**2  # (r',)
+        bias -= between.trace() / n2 + (pair * torch.outer(b, b)).sum() / 2 / (n2 - 1)
+    return float(bias)
 
 
 def gaussian(X):
     """mu (D,), S (D, D) of features X (N, D): "fit Gaussians to each set" (slide FID)."""
     X = X.double()
     return X.mean(0), torch.cov(X.T)  # divided by N - 1
+
+
+def between_classes(X, y):
+    """Covariance (D, D) of the class means of X (N, D), each class as often as in labels y (N,)."""
+    one = F.one_hot(y).double()  # (N, K)
+    share = one.mean(0)
+    means = one.T @ X.double() / (len(y) * share)[:, None].clamp(min=1) - X.double().mean(0)
+    return (means.T * share) @ means
 
 
 class Moments:
@@ -234,14 +256,13 @@ class Moments:
 
 def frechet_infinity(X, Y, parts=3):
     """FD extrapolated to infinitely many images (Chong & Forsyth 2020). X, Y (N, D), in random
-    order, or (mu, S) for X. The bias is b/N: split both into k parts, and it is k times as large.
-    A straight line through k = 1, 2, ... meets k = 0 where the bias is none."""
+    order or class by class; or X a pair (mu, S), whose bias then stays. The bias is b/N: split both
+    into k parts, and it is k times as large. A straight line through k = 1, 2, 3 meets k = 0 where
+    there is none."""
     at = []
     for k in range(1, parts + 1):
-        fakes = Y[:len(Y) // k * k].chunk(k)
-        reals = [X] * k if isinstance(X, tuple) else X[:len(X) // k * k].chunk(k)
-        at.append(np.mean([frechet_distance(*(x if isinstance(x, tuple) else gaussian(x)),
-                                            *gaussian(y)) for x, y in zip(reals, fakes)]))
+        reals = [X] * k if isinstance(X, tuple) else [gaussian(X[i::k]) for i in range(k)]
+        at.append(np.mean([frechet_distance(*reals[i], *gaussian(Y[i::k])) for i in range(k)]))
     return float(np.polyfit(range(1, parts + 1), at, 1)[1])
 
 
@@ -254,10 +275,11 @@ def kid(X, Y, most=1000):
 
     n = min(len(X), len(Y))
     blocks = max(10, n // most)
-    size = min(n // blocks, most)
-    X, Y = (a[:blocks * size].double().split(size) for a in (X, Y))
-    values = torch.stack([mean_kernel(x, x, True) + mean_kernel(y, y, True) - 2 * mean_kernel(x, y)
-                          for x, y in zip(X, Y)])
+    values = []
+    for i in range(blocks):
+        x, y = (a[i::blocks][:min(n // blocks, most)].double() for a in (X, Y))
+        values.append(mean_kernel(x, x, True) + mean_kernel(y, y, True) - 2 * mean_kernel(x, y))
+    values = torch.stack(values)
     return float(values.mean()), float(values.std() / math.sqrt(blocks))
 
 
@@ -266,8 +288,8 @@ def precision_recall(X, Y, k=3):
     around a real point that reaches its k-th neighbour. Recall: the same with X and Y exchanged
     (Kynkaanniemi et al. 2019). Both sets are cut to the smaller one's number."""
     n = min(len(X), len(Y))
-    centre = X[:n].float().mean(0)  # distances keep more digits near zero
-    X, Y = X[:n].float() - centre, Y[:n].float() - centre
+    X, Y = (a[torch.arange(n) * len(a) // n].float() for a in (X, Y))
+    X, Y = X - X.mean(0), Y - X.mean(0)  # distances keep more digits near zero
 
     def share_inside(points, centres):
         radius = torch.cat([torch.cdist(c, centres).kthvalue(min(k + 1, n), 1).values
@@ -507,8 +529,10 @@ def loss(model, x, y):
 def read_set(spec, args):
     """Yields images (B, C, H, W) uint8 and labels (B,) or None of what spec names, B at most 500;
     never more than that is in memory, but for the data sets."""
-    source, first, last = re.fullmatch(r"(.+?)(?:\[(\d*):(\d*)\])?", spec, re.S).groups()
-    first, last, at, shape = int(first or 0), int(last or sys.maxsize), 0, None
+    source, first, last = spec, 0, sys.maxsize
+    if not Path(spec).exists() and (match := re.fullmatch(r"(.+)\[(\d*):(\d*)\]", spec, re.S)):
+        source, first, last = match[1], int(match[2] or 0), int(match[3] or sys.maxsize)
+    at, shape = 0, None
     name, _, split = source.partition(":")
     if name in DATASETS:
         if split not in ("train", "test"):
@@ -516,16 +540,18 @@ def read_set(spec, args):
         images, labels = load_data(SimpleNamespace(
             data=name, data_dir=args.data_dir, device="cpu"), split)
         batches = zip(images.split(500), labels.split(500))
-    elif Path(source).is_dir():
+    elif source and Path(source).is_dir():
         batches = read_folder(Path(source))
     else:
         batches = read_array(source)
     for images, labels in batches:
         rows = slice(max(0, first - at), max(0, last - at))
         at += len(images)
+        if shape and shape[0] == 3 and images.shape[1] == 1:  # grey among coloured ones
+            images = images.expand(-1, 3, -1, -1)
         if shape and images.shape[1:] != shape:
-            die(f"{spec}: images of different sizes, {list(shape)} and {list(images.shape[1:])}; "
-                "make them equal")
+            die(f"{spec}: images of different sizes or channels, {list(shape)} and "
+                f"{list(images.shape[1:])}; make them equal")
         shape = images.shape[1:]
         if len(images[rows]):
             yield images[rows], labels if labels is None else labels[rows]
@@ -557,7 +583,8 @@ def read_array(path):
                     dtype.kind == "u" and dtype != np.uint8):
                 die(f"{path}: expected images (N, H, W, 1 or 3), uint8, or float in 0..1; found "
                     f"{dtype} {(n, *shape)}")
-            if labels is not None and (labels.shape != (n,) or labels.dtype.kind not in "iu"):
+            if labels is not None and (labels.shape != (n,) or labels.dtype.kind not in "iuf"
+                                       or (labels != labels.round()).any()):
                 die(f"{path}: expected labels, one whole number an image; found {labels.dtype} "
                     f"{labels.shape}")
             for at in range(0, n, 500):
@@ -571,19 +598,24 @@ def read_array(path):
                     x = (x * 255).round().astype(np.uint8)
                 y = None if labels is None else torch.from_numpy(labels[at:at + 500].astype(int))
                 yield torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), y
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
         die(f"{path} cannot be read: {e}")
 
 
 def read_folder(folder):
-    """Images of a folder and its sub-folders, one by one, in the order of their names."""
+    """Images of a folder and its sub-folders, in the order of their names, up to 50 at a time."""
     kinds = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in kinds)
     if not paths:
         die(f"{folder}: no images found in this folder; expected PNG files")
+    batch = []
     for path in paths:
-        x = read_image(path)
-        yield torch.from_numpy(x.transpose(2, 0, 1)[None].copy()), None
+        batch.append(read_image(path))
+        if len(batch) == 50 or path == paths[-1] or batch[0].shape != batch[-1].shape:
+            odd = [batch.pop()] if batch[0].shape != batch[-1].shape else []
+            for part in filter(None, (batch, odd)):
+                yield torch.from_numpy(np.stack(part).transpose(0, 3, 1, 2).copy()), None
+            batch = []
 
 
 def read_image(path):
@@ -594,7 +626,7 @@ def read_image(path):
             return read_png(data)
     except NotImplementedError:
         pass
-    except (ValueError, IndexError, struct.error, zlib.error) as e:
+    except (ValueError, LookupError, TypeError, UnboundLocalError, struct.error, zlib.error) as e:
         die(f"{path} is cut off or damaged ({e})")
     try:
         from PIL import Image
@@ -602,9 +634,11 @@ def read_image(path):
         die(f"{path}: only PNG with 8 bits, not interlaced, is read here; save as such, or pip "
             "install pillow")
     try:
-        return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+        image = Image.open(io.BytesIO(data))
+        x = None if image.mode[0] in "IF" else np.array(image.convert("RGB"))
     except Exception as e:
         die(f"{path} cannot be read: {e}")
+    return die(f"{path}: more than 8 bits; save it with 8") if x is None else x
 
 
 def read_png(data):
@@ -628,6 +662,8 @@ def read_png(data):
     C = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]  # grey, RGB, palette, grey and alpha, RGBA
     rows = np.frombuffer(zlib.decompress(pixels), np.uint8).reshape(H, 1 + W * C)
     kinds, x = rows[:, 0], rows[:, 1:].reshape(H, W, C)
+    if kinds.max() > 4:
+        raise ValueError(f"filter {kinds.max()}")
     if kinds.any():
         x = unfilter(kinds, x)
     return palette[x[:, :, 0]] if kind == 3 else x[:, :, :C - 1] if kind in (4, 6) else x
@@ -669,7 +705,7 @@ def inception_of(args):
     return model
 
 
-def fit(x, C, H=None, W=None):
+def match(x, C, H=None, W=None):
     """Images x (B, C', H', W') with C channels; refused if a size H, W is asked for and is not
     theirs."""
     if x.shape[1] == 1 < C:
@@ -685,64 +721,77 @@ def fit(x, C, H=None, W=None):
 def extractor(args, ckpt):
     """f, title, tag. f(images (B, C, H, W) uint8) gives features (B, D) and logits (B, K) or None,
     on the CPU; title is what the distance may be called; tag goes into --save-stats."""
-    args.bf16 = args.bf16 and args.fast
+    if args.fast and not args.bf16:
+        die(f"--fast: {args.device} has no bf16; leave it out")
+    cast = SimpleNamespace(device=args.device, bf16=args.fast)
     torch.set_float32_matmul_precision("highest")  # TF32 would move the fourth digit
     torch.backends.cudnn.allow_tf32 = False
     if args.features == "pixels":
         return lambda x: (x.flatten(1).double() / 255, None), "FD (pixels)", "pixels"
     if args.features == "inception":
         model = inception_of(args)
-        run = lambda x: (model(fit(x, 3), args.tap), None)
-        title = "FID" if args.tap == 2048 else f"FD (Inception, {args.tap} features)"
+        run = lambda x: (model(match(x, 3), args.tap), None)
+        title = "FID" if args.tap == 2048 else f"FD (Inception {args.tap})"
         tag = f"inception-{args.tap}"
     else:
         C, H, W = ckpt["config"]["shape"]
         model = Classifier(C, ckpt["config"]["width"], ckpt["config"]["num_classes"])
         load_state(model, ckpt, "model")
-        bits = b"".join(v.half().numpy().tobytes() for v in ckpt["model"].values())
-        run = lambda x: model(fit(x, C, H, W))
-        title, tag = "FD (our features)", f"ours-{digest(bits, 'a' * 32)[:8]}"
+        bits = b"".join(v.half().numpy().tobytes() for v in ckpt["model"].values()
+                        if v.is_floating_point())  # the same with and without --export
+        run = lambda x: model(match(x, C, H, W))
+        title, tag = "FD (our features)", f"ours-{hashlib.md5(bits).hexdigest()[:8]}"
     model = fold(model).to(args.device, memory_format=torch.channels_last)  # twice as fast
 
     @torch.no_grad()
     def f(x):
         parts = []
         for b in x.split(50):
-            with autocast(args):
+            with autocast(cast):
                 parts.append([v if v is None else v.float().cpu() for v in run(b.to(args.device))])
         return [v[0] if v[0] is None else torch.cat(v) for v in zip(*parts)]
 
-    return f, title, tag
+    return f, title, tag + "-bf16" * args.fast
 
 
 class Features(Moments):
-    """Moments of a set's features, a random choice of at most `keep` of them, and label counts."""
+    """Moments of a set's features, a random choice of at most `keep` of them, and the labels."""
 
     def __init__(self, keep, seed):
         super().__init__()
         self.keep, self.rng = keep, torch.Generator().manual_seed(seed)
-        self.kept, self.lots, self.counts, self.right = None, torch.empty(0), Counter(), 0
+        self.batches, self.counts, self.right, self.fixed = [], Counter(), 0, False
 
     def add(self, f, labels=None, logits=None):
         """f (B, D), labels (B,), logits (B, K), or None."""
         super().add(f)
-        self.lots = torch.cat([self.lots, torch.rand(len(f), generator=self.rng)])
-        self.kept = f if self.kept is None else torch.cat([self.kept, f])
-        if len(self.kept) > 2 * self.keep:
-            self.cut()
+        lots = torch.rand(len(f), generator=self.rng)
         if labels is not None:
             self.counts.update(labels.tolist())
             self.right += 0 if logits is None else int((logits.argmax(1) == labels).sum())
+        self.batches.append((lots, f, torch.zeros(len(f), dtype=torch.long) if labels is None
+                             else labels))
+        if sum(len(batch[0]) for batch in self.batches) > 2 * self.keep:
+            self.cut()
 
     def cut(self):
-        """Keeps those with the highest lots, in the order of the lots, which is random."""
-        self.lots, order = self.lots.topk(min(self.keep, len(self.lots)))
-        self.kept = self.kept[order]
+        """Keeps those with the highest lots: self.kept (M, D) in random order, labels self.y."""
+        lots, f, y = (torch.cat(a) for a in zip(*self.batches))
+        lots, order = lots.topk(min(self.keep, len(lots)))
+        self.kept, self.y = f[order], y[order]
+        self.batches = [(lots, self.kept, self.y)]
+
+    def fix(self):
+        """To be called if the number of each class was fixed and not drawn: sorts by class, so that
+        every k-th row is a set with fixed classes too."""
+        if self.n <= self.keep:
+            self.y, order = self.y.sort(stable=True)
+            self.kept, self.fixed = self.kept[order], True
 
 
-def summarise(batches, f, args, name):
-    """Features of batches of (images, labels)."""
-    found = Features(args.keep, args.seed)
+def summarise(batches, f, args, name, seed=0):
+    """Features of batches of (images, labels); seed: which are kept, and in which order."""
+    found = Features(args.keep, (args.seed + seed) % 2**63)
     with tqdm(desc=name, unit=" images", leave=False, disable=None) as bar:
         for images, labels in batches:
             features, logits = f(images)
@@ -753,28 +802,32 @@ def summarise(batches, f, args, name):
     if not torch.isfinite(found.scatter).all():
         die(f"{name}: features that are not numbers; the network is broken")
     found.cut()
+    if len(found.counts) > 1 and len(set(found.counts.values())) == 1:
+        found.fix()  # exactly as many of each class: not by chance
     return found
 
 
-def features_of(spec, f, tag, args):
+def features_of(spec, f, tag, args, seed=0):
     """Features of what spec names, or mu and S of a .npz as pytorch-fid and --save-stats write."""
     if spec.endswith(".npz") and Path(spec).exists():
         try:
             with np.load(spec) as file:
                 stats = {k: file[k] for k in ("mu", "sigma", "n", "features") if k in file.files}
                 images = "arr_0" in file.files or "images" in file.files
+            mu, S = (torch.as_tensor(stats.get(k, np.zeros(0))).double() for k in ("mu", "sigma"))
+            n = int(stats.get("n", 0))
         except Exception as e:
             die(f"{spec} cannot be read: {e}")
-        if {"mu", "sigma"} <= set(stats) and (args.features == "inception" or not images):
-            mu, S = (torch.as_tensor(stats[k]).double() for k in ("mu", "sigma"))
-            if mu.ndim != 1 or S.shape != 2 * mu.shape or not (mu.isfinite().all()
-                                                               and S.isfinite().all()):
+        if {"mu", "sigma"} <= set(stats) and (tag.startswith("inception-2048") or not images):
+            if mu.ndim != 1 or S.shape != 2 * mu.shape or not torch.isfinite(S.sum() + mu.sum()):
                 die(f"{spec}: expected mu (D,) and sigma (D, D) without nan; found "
                     f"{list(mu.shape)} and {list(S.shape)}")
+            if not torch.allclose(S, S.T, atol=1e-6 * float(S.abs().max())):
+                die(f"{spec}: sigma is not symmetric, so it is no covariance matrix")
             if str(stats.get("features", tag)) != tag:
                 die(f"{spec} holds statistics of {stats['features']}, but --features gives {tag}")
-            return SimpleNamespace(n=int(stats.get("n", 0)), mu=mu, S=S, kept=None, counts=None)
-    return summarise(read_set(spec, args), f, args, spec)
+            return SimpleNamespace(n=n if n > 1 else 0, mu=mu, S=S, kept=None, counts=None)
+    return summarise(read_set(spec, args), f, args, spec, seed)
 
 
 # ---- 7. Train ------------------------------------------------------------------------------------
@@ -803,7 +856,7 @@ def train(args, ckpt=None):
     if args.compile:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
         model.compile()
-    config = {k: getattr(args, k) for k in CLASSIFIER}
+    config = {k: getattr(args, k) for k in CONFIG_KEYS}
     B, dev, stop, total, counted, done = args.batch_size, args.device, ctrl_c(), 0.0, 0, False
     clock, since = time.time(), begin - 1
     bar = tqdm(range(begin, args.steps + 1), initial=begin - 1, total=args.steps, disable=None)
@@ -859,67 +912,72 @@ def test(args, ckpt):
     if len(wrong):
         rows = []
         for row in wrong[:48].split(8):
-            text = [f"{labels[i]} as {logits[i].argmax()}" for i in row.tolist()]
-            rows += [grid(images[row], 8), caption("".join(f"{t:14}" for t in text), 912)]
+            picture = grid(images[row], 8)
+            texts = [f"{labels[i]} as {logits[i].argmax()}" for i in row.tolist()]
+            strips = [caption(text, picture.shape[1] // 8) for text in texts]
+            rows += [picture, np.concatenate(strips, 1)]
         save_png(args.out / "mistakes.png", stack(rows)[None])
 
 
 # ---- 8. The report -------------------------------------------------------------------------------
 
 
-def measures(title, real, fake, args):
-    """{row: text} of all that is measured of two sets; "-" where only mu and sigma are known."""
-    fd = frechet_distance(real.mu, real.S, fake.mu, fake.S)
-    rows = dict.fromkeys((title, "  bias at this N", "  less its bias", "  at infinite N",
-                          "KID x 1000", "precision", "recall"), "-")
-    rows[title] = f"{fd:.5g}"
-    if real.n and fake.n:
-        bias = frechet_bias(real.S, fake.S, real.n, fake.n)
-        rows.update({"  bias at this N": f"{bias:.5g}", "  less its bias": f"{fd - bias:.5g}"})
+def measures(real, fake, args):
+    """{name: number} of all that is measured of two sets; None where it is not defined, or where
+    only mu and sigma are known."""
+    found = dict(fd=frechet_distance(real.mu, real.S, fake.mu, fake.S))
+    n, D = min(s.n or 0 for s in (real, fake)), len(fake.mu)
+    if n > 2 * D:
+        fixed = fake.kept is not None and fake.fixed
+        between = between_classes(fake.kept, fake.y) if fixed else None
+        found["bias"] = frechet_bias(real.S, fake.S, real.n, fake.n, between)
+        found["less"] = found["fd"] - found["bias"]
     if fake.kept is not None and len(fake.kept) >= 20:
         known = (real.mu, real.S) if real.kept is None else real.kept
-        rows["  at infinite N"] = f"{frechet_infinity(known, fake.kept):.5g}"
+        if len(fake.kept) > 3 * D < (real.n if real.kept is None else len(real.kept)):
+            found["infinity"] = frechet_infinity(known, fake.kept)
         if real.kept is not None and len(real.kept) >= 20:
-            value, error = kid(real.kept, fake.kept)
-            rows["KID x 1000"] = f"{1000 * value:.4g} +- {1000 * error:.2g}"
-            rows["precision"], rows["recall"] = (
-                f"{v:.3f}" for v in precision_recall(real.kept, fake.kept, args.k))
-    if args.classes:
-        rows["accuracy"] = f"{fake.right / fake.n:.4f}" if fake.counts else "-"
-    return rows
+            found["kid"], found["kid_error"] = kid(real.kept, fake.kept)
+            found["precision"], found["recall"] = precision_recall(real.kept, fake.kept, args.k)
+    if args.classes and fake.counts:
+        found["accuracy"] = fake.right / fake.n
+    return found
 
 
 def floor_of(real, fake, f, args):
     """What the report would say of real images in FAKE's place: as many of the data set's other
-    split, with FAKE's labels; or, of files, one part of REAL against the rest. Returns a reference,
-    a set, and a name; or None."""
+    split, with FAKE's labels; or one part of REAL against the rest. Returns a reference, a set, and
+    what it is; or None."""
     name, _, split = args.sets[0].partition("[")[0].partition(":")
-    rng = torch.Generator().manual_seed(args.seed)
-    if name in DATASETS:
-        other = {"train": "test", "test": "train"}[split]
-        if not have_data(SimpleNamespace(data=name, data_dir=args.data_dir)):
-            return None
-        images, labels = load_data(SimpleNamespace(
-            data=name, data_dir=args.data_dir, device="cpu"), other)
+    rng, n = torch.Generator().manual_seed(args.seed), fake.n or 10_000
+    other = {"train": "test", "test": "train"}.get(split)
+    where = SimpleNamespace(data=name, data_dir=args.data_dir, device="cpu")
+    if name in DATASETS and have_data(where) and not args.sets[1].startswith(f"{name}:{other}"):
+        images, labels = load_data(where, other)
         pick = torch.randperm(len(images), generator=rng)
-        if fake.counts:  # a set with other shares of the classes is further away
-            pick = torch.cat([pick[labels[pick] == c][:n] for c, n in sorted(fake.counts.items())])
-        pick = pick[:fake.n or 10_000]
-        found = summarise(zip(images[pick].split(500), labels[pick].split(500)), f, args, "floor")
+        if fake.counts and set(fake.counts) <= set(labels.tolist()):
+            # a set with other shares of the classes would be further away
+            pick = torch.cat([pick[labels[pick] == c][:k] for c, k in sorted(fake.counts.items())])
+        pick = pick[:n]
+        found = summarise(zip(images[pick].split(500), labels[pick].split(500)), f, args, "floor", 2)
+        if fake.counts:
+            found.fix()
         return real, found, f"{found.n:,} of {name}:{other}"
     if real.kept is None or len(real.kept) < 4:
         return None
-    n = min(fake.n or 10_000, len(real.kept) // 2)
-    rest, part = Features(args.keep, 0), Features(args.keep, 0)
-    part.add(real.kept[:n])
-    rest.add(real.kept[n:])
-    return rest, part, f"{n:,} of REAL, against its other {len(real.kept) - n:,}"
+    n = min(n, len(real.kept) // 2)
+    sets = [Features(args.keep, 0), Features(args.keep, 0)]
+    for part, rows in zip(sets, (real.kept[n:], real.kept[:n])):
+        part.add(rows)
+        part.cut()
+    return *sets, f"{n:,} of REAL, against its other {len(real.kept) - n:,}"
 
 
 def evaluate(args, ckpt):
     """Compares two sets of images and prints the report; or writes one's mu and sigma."""
     f, title, tag = extractor(args, ckpt)
-    start, found = time.time(), [features_of(spec, f, tag, args) for spec in args.sets]
+    start, found = time.time(), [features_of(spec, f, tag, args, i)
+                                 for i, spec in enumerate(args.sets)]
     if args.save_stats:
         buffer, first = io.BytesIO(), found[0]
         np.savez(buffer, mu=first.mu.numpy(), sigma=first.S.numpy(), n=first.n, features=tag)
@@ -931,31 +989,47 @@ def evaluate(args, ckpt):
     D = len(fake.mu)
     if len(real.mu) != D:
         die(f"different dimensions: {args.sets[0]} has {len(real.mu)} features, {args.sets[1]} has "
-            f"{D}; compute both with the same --features")
+            f"{D}; " + ("the images differ in size or channels" if args.features == "pixels" else
+                        "compute both with the same --features"))
     if args.classes and not fake.counts:
         die(f"--classes: {args.sets[1]} has no labels")
     try:
-        columns = [measures(title, real, fake, args)]
+        columns = [measures(real, fake, args)]
     except ValueError as e:
         die(f"{' or '.join(args.sets)}: {e}")
     floor = floor_of(real, fake, f, args)
     if floor:
-        columns.append(measures(title, *floor[:2], args))
+        columns.append(measures(*floor[:2], args))
     for name, spec, s in zip(("REAL", "FAKE"), args.sets, found):
         say(f"{name:6}{spec}: " + (f"{s.n:,} images" if s.n else "mu and sigma, N is not known"))
     say(f"{'':6}{D} features ({tag}), {time.time() - start:.0f} s\n")
-    say(f"{'':26}{'FAKE':18}{f'floor: {floor[2]}' if floor else ''}")
-    for row in columns[0]:
-        say(f"{row:26}" + "".join(f"{c[row]:18}" for c in columns).rstrip())
+    say(f"{'':26}{'FAKE':20}{f'floor: {floor[2]}' if floor else ''}")
+    for row, text in (
+            (title, "{fd:.5g}"), ("  bias at this N", "{bias:.4g}"),
+            ("  less its bias", "{less:.4g}"), ("  at infinite N", "{infinity:.4g}"),
+            ("KID x 1000", "{kid:.3g} +- {kid_error:.2g}"), ("precision", "{precision:.3f}"),
+            ("recall", "{recall:.3f}"), ("accuracy", "{accuracy:.4f}")):
+        key = re.search(r"\w+", text)[0]
+        cells = [text.format(**{k: v * 1000 if "kid" in k else v for k, v in c.items()})
+                 if key in c else "-" for c in columns]
+        if key != "accuracy" or args.classes:
+            say(f"{row:26}" + "".join(f"{c:20}" for c in cells).rstrip())
     n = min(s.n or sys.maxsize for s in found)
-    fd, bias = columns[0][title], columns[0]["  bias at this N"]
-    if n <= D:
-        say(f"\nwarning: {n:,} images for {D:,} features: the covariance is singular and FD "
-            f"far too large; take more{' or --tap 192' if args.features == 'inception' else ''}")
-    elif bias != "-" and float(bias) > 0.1 * float(fd):
-        say(f"\nwarning: {n:,} images bias FD by {float(bias):.3g}: compare it only with others at "
-            "the same N, or take the rows below it (the bias is that of images drawn at random; "
-            "classes in equal numbers have less)")
+    fd, bias = columns[0]["fd"], columns[0].get("bias")
+    if n <= 2 * D:
+        say(f"\nwarning: {n:,} images for {D:,} features: the covariance is "
+            f"{'singular' if n <= D else 'nearly singular'} and FD far too large; take more images"
+            + (", or --tap 192" if args.features == "inception" and args.tap > 192 else ""))
+    elif bias and fd < 0.5 * bias:
+        say("\nwarning: FD is below what independent images give: does FAKE hold images of REAL?")
+    elif bias and bias > 0.1 * fd:
+        say(f"\nwarning: {n:,} images bias FD by {bias:.3g}: compare it only with others at the "
+            "same N, or take the rows below it")
+    if floor and floor[1].n != fake.n:
+        say("\nThe floor has another number of images than FAKE: of FD, compare the rows below it")
+    of, ckpt_of = args.sets[0].partition(":")[0], ckpt["config"]["data"] if ckpt else ""
+    if args.features == "ours" and of in DATASETS and of != ckpt_of:
+        say(f"\nwarning: the features were trained on {ckpt_of}, not on {of}")
     if args.features == "inception":
         say("\nPublished FIDs take 50,000 samples; images are resized as they come: both sets "
             "should have the same size and the same JPEG history")
@@ -995,6 +1069,8 @@ def sweep(args, ckpt):
     rng = torch.Generator().manual_seed(args.seed)
     where = SimpleNamespace(data=args.data, data_dir=args.data_dir, device="cpu")
     known, x = load_data(where, "train")[0], load_data(where, "test")[0]
+    if len(x) < 400:
+        die(f"--sweep: {len(x)} test images in {args.data}; expected 400 or more")
     x = x[torch.randperm(len(x), generator=rng)]  # (N, C, H, W)
     real = summarise(((b, None) for b in known.split(500)), f, args, "training images")
     X = torch.cat([f(b)[0] for b in x.split(500)])  # (N, D)
@@ -1063,7 +1139,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Which is b
 <p id="progress"></p>
 <script nonce="TOKEN">
 const keys = {ArrowLeft: "left", ArrowRight: "right", " ": "tie", t: "tie", u: "undo"};
-let trial = 0, since = 0, busy = false;
+let trial = 0, since = Date.now(), busy = false;
 function paint(name, s) {
   const canvas = document.getElementById(name), bytes = atob(s[name]);
   canvas.width = s.width; canvas.height = s.height;
@@ -1077,7 +1153,7 @@ async function send(vote) {
     const seconds = (Date.now() - since) / 1000;
     const answer = await fetch("/", {method: "POST", headers: {"X-Token": "TOKEN"},
                                      body: JSON.stringify({trial, vote, seconds})});
-    if (!answer.ok) throw new Error(answer.status);
+    if (!answer.ok) throw new Error(answer.status == 403 ? "reload the page" : answer.status);
     const s = await answer.json();
     const end = s.trial == s.trials;
     document.getElementById("progress").textContent = s.trial + " of " + s.trials + " done";
@@ -1090,7 +1166,11 @@ async function send(vote) {
   }
   busy = false;
 }
-onkeydown = e => { if (keys[e.key] && !e.repeat) { e.preventDefault(); send(keys[e.key]); } };
+onkeydown = e => {
+  if (!keys[e.key] || e.repeat || e.ctrlKey || e.altKey || e.metaKey) return;
+  e.preventDefault();
+  send(keys[e.key]);
+};
 for (const e of document.querySelectorAll("[data-vote]"))
   e.onclick = () => { e.blur(); send(e.dataset.vote); };
 send("show");
@@ -1114,14 +1194,20 @@ def read_votes(path):
     """(header, votes) of a file of votes, one JSON object a line, undone ones left out; a last line
     that was cut off by a kill is ignored."""
     votes, lines = [], path.read_bytes().split(b"\n")[:-1]
+    if not lines:
+        die(f"{path}: no votes yet")
     try:
         header, *rest = (json.loads(line) for line in lines)
-        for vote in rest:
-            if "undo" in vote:
+        for number, line in enumerate(rest, 2):
+            if "undo" in line:
                 votes.pop()
-            elif vote["vote"] in ("A", "B", "tie") and vote["left"] in "AB" and "pair" in vote:
-                votes.append(vote)
-        return {k: header[k] for k in ("A", "B", "digest", "seed", "trials")}, votes
+                continue
+            if (line["trial"] != len(votes) or line["vote"] not in ("A", "B", "tie")
+                    or line["left"] not in ("A", "B") or type(line["pair"]) is not int
+                    or type(line["repeat"]) is not bool):
+                raise ValueError(f"line {number}")
+            votes.append(line)
+        return {k: header[k] for k in ("A", "B", "digest", "seed", "num", "repeats")}, votes
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
         die(f"{path} is no file of votes, or an altered one ({type(e).__name__}: {e})")
 
@@ -1131,29 +1217,38 @@ def ballot(args):
     next. The page never learns which side is A."""
     sets, prompts = [], []
     for spec in args.vote:
-        images, labels = zip(*read_set(spec, args))
+        batches = list(read_set(spec, args))
+        if not batches:
+            die(f"--vote: no images in {spec}")
+        images, labels = zip(*batches)
         sets.append(torch.cat(images).numpy().transpose(0, 2, 3, 1))  # (N, H, W, C)
         prompts.append(None if labels[0] is None else
                        [f"class {y}" for y in torch.cat(labels).tolist()])
         if spec.endswith(".npz") and "captions" in (file := np.load(spec)).files:
-            prompts[-1] = [str(c) for c in file["captions"]]
+            captions = file["captions"]
+            if captions.dtype.kind != "U" or captions.shape != (len(sets[-1]),):
+                die(f"{spec}: expected captions, one string an image; found {captions.dtype} "
+                    f"{captions.shape}")
+            prompts[-1] = captions.tolist()
     A, B = sets
     if A.shape[:3] != B.shape[:3]:
         die(f"--vote: {args.vote[0]} and {args.vote[1]} differ, {A.shape} and {B.shape}: expected "
             "the same number of images, pair by pair, of the same size")
     if None not in prompts and prompts[0] != prompts[1]:
-        die("--vote: the labels of the two sets differ; pairs must show the same thing")
+        die("--vote: labels or captions of the two sets differ; pairs must show the same thing")
+    try:  # before anything is written
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", args.port), None)
+    except OSError as e:
+        die(f"--port {args.port} cannot be had ({e.strerror}); choose another, or 0 for a free one")
     trials = make_trials(len(A), args.num, args.repeats, args.seed)
-    header = dict(A=args.vote[0], B=args.vote[1], seed=args.seed, trials=len(trials),
-                  digest=digest(A.tobytes() + B.tobytes(), "a" * 32))
+    header = dict(A=args.vote[0], B=args.vote[1], seed=args.seed, num=args.num,
+                  repeats=args.repeats, digest=hashlib.md5(A.tobytes() + B.tobytes()).hexdigest())
     votes = []
     if args.votes.exists() and args.votes.stat().st_size:
         found, votes = read_votes(args.votes)
-        if found != header:
-            die(f"--votes {args.votes} holds votes on other pairs ({found['A']}, {found['B']}, seed "
-                f"{found['seed']}, {found['trials']} trials); choose another file")
-        whole = args.votes.read_bytes().rpartition(b"\n")[0] + b"\n"
-        os.truncate(args.votes, len(whole))
+        if any(found[k] != header[k] for k in ("digest", "seed", "num", "repeats")):
+            die(f"--votes {args.votes} holds votes on other pairs: {found}; choose another file")
+        os.truncate(args.votes, args.votes.read_bytes().rindex(b"\n") + 1)
     args.votes.parent.mkdir(parents=True, exist_ok=True)
     file, lock, token = open(args.votes, "ab"), threading.Lock(), secrets.token_urlsafe(16)
 
@@ -1182,16 +1277,16 @@ def ballot(args):
 
     def take(trial, choice, seconds):
         """A vote counts for the trial that the page showed; a second one, sent late, does not."""
-        if choice == "undo" and votes:
-            append({"undo": len(votes) - 1})
+        if choice == "undo" and trial == len(votes) > 0:
+            append({"undo": trial - 1})
             votes.pop()
         elif choice in ("left", "right", "tie") and trial == len(votes) < len(trials):
             pair, a_left, repeat = trials[trial]
-            vote = "tie" if choice == "tie" else "AB"[(choice == "left") != a_left]
-            votes.append(dict(trial=trial, pair=pair, left="AB"[not a_left], vote=vote,
-                              repeat=repeat, seconds=seconds,
-                              time=time.strftime("%Y-%m-%dT%H:%M:%S")))
-            append(votes[-1])
+            line = dict(trial=trial, pair=pair, left="AB"[not a_left], repeat=repeat,
+                        vote="tie" if choice == "tie" else "AB"[(choice == "left") != a_left],
+                        seconds=seconds, time=time.strftime("%Y-%m-%dT%H:%M:%S"))
+            append(line)
+            votes.append(line)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         timeout = 10  # seconds for a request to come in
@@ -1201,7 +1296,8 @@ def ballot(args):
             for key, value in (
                     ("Content-Type", f"{kind}; charset=utf-8"), ("Content-Length", str(len(body))),
                     ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
-                    ("Content-Security-Policy", f"default-src 'none'; connect-src 'self'; "
+                    ("Content-Security-Policy", "default-src 'none'; connect-src 'self'; "
+                     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'; "
                      f"script-src 'nonce-{token}'; style-src 'nonce-{token}'")):
                 self.send_header(key, value)
             self.end_headers()
@@ -1225,25 +1321,28 @@ def ballot(args):
             if not self.mine() or not secrets.compare_digest(
                     self.headers.get("X-Token", "").encode(), token.encode()):
                 return self.answer(403)
-            if not length.isdigit() or int(length) > 1000:
+            if not re.fullmatch("[0-9]{1,3}", length):
                 return self.answer(413)
             try:
                 asked = json.loads(self.rfile.read(int(length)))
                 trial, choice, seconds = asked["trial"], asked["vote"], float(asked["seconds"])
-            except (ValueError, KeyError, TypeError):
+                if type(trial) is not int or not 0 <= seconds < 1e6:
+                    raise ValueError
+            except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
                 return self.answer(400)
-            with lock:
-                take(trial, choice, round(seconds, 2))
-                body = json.dumps(show()).encode()
+            try:
+                with lock:
+                    take(trial, choice, round(seconds, 2))
+                    body = json.dumps(show()).encode()
+            except OSError:  # disk full: the vote is not counted
+                return self.answer(500)
             self.answer(200, body, "application/json")
 
         def log_message(self, *_):
             pass
 
-    try:
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", args.port), Handler)
-    except OSError as e:
-        die(f"--port {args.port} cannot be had ({e.strerror}); choose another, or 0 for a free one")
+    server.RequestHandlerClass = Handler
+    server.handle_error = lambda *_: None  # a browser that leaves early
     return server, len(trials), votes
 
 
@@ -1268,8 +1367,10 @@ def wilson(won, n, z=1.959964):
 
 def sign_test(won, lost):
     """How often two equal models would give a split at least as uneven: exact, two-sided."""
-    n = won + lost
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(max(won, lost), n + 1)) / 2**n)
+    n, ways, tail = won + lost, 1, 0
+    for k in range(min(won, lost) + 1):  # ways = n over k
+        tail, ways = tail + ways, ways * (n - k) // (k + 1)
+    return min(1.0, 2 * tail / 2**n)
 
 
 def votes_needed(p):
@@ -1293,6 +1394,7 @@ def tally(args):
     score, agree, again, sides = Counter(), 0, 0, Counter()
     for _, votes in files:
         first = {v["pair"]: v["vote"] for v in votes if not v["repeat"]}
+        votes = [v for v in votes if v["pair"] in first]
         for v in votes:
             if v["repeat"]:
                 again, agree = again + 1, agree + (v["vote"] == first[v["pair"]])
@@ -1303,23 +1405,24 @@ def tally(args):
     if not n:
         die(f"{args.tally[0]}: no votes yet")
     won, lost = sum(s > 0 for s in score.values()), sum(s < 0 for s in score.values())
-    say(f"A = {header['A']}\nB = {header['B']}\n{n} pairs, {len(files)} "
-        f"rater{'s, majority of each pair' if len(files) > 1 else ''}\n")
+    what = "votes" if len(files) == 1 else f"pairs, by the majority of {len(files)} raters,"
+    say(f"A = {header['A']}\nB = {header['B']}\n{n} {what.rstrip(',')}\n")
     say(f"{'':12}win (%)   tie (%)   lose (%)")
     say(f"{'A over B':12}{100 * won / n:<10.1f}{100 * (n - won - lost) / n:<10.1f}"
         f"{100 * lost / n:<.1f}\n")
     if decided := won + lost:
         low, high = wilson(won, decided)
         p = sign_test(won, lost)
-        say(f"of {decided} decided votes A won {100 * won / decided:.1f} %, 95 % interval "
-            f"{100 * low:.1f} to {100 * high:.1f} % (Wilson)\n"
-            f"sign test: p = {p:.3g}, a difference is {'' if p < 0.05 else 'not '}shown at 5 %")
-        share_won = won / decided
-        if p >= 0.05 and share_won != 0.5:
-            say(f"if {100 * share_won:.1f} % is the truth, about "
-                f"{max(0, votes_needed(share_won) - decided)} more decided votes would show it")
-        elif p >= 0.05:
-            say(f"to find a preference of 60 %, take {votes_needed(0.6)} decided votes in all")
+        say(f"of {decided} decided {what} A won {100 * won / decided:.1f} %, 95 % interval "
+            f"{100 * low:.1f} to {100 * high:.1f} % (Wilson's, approximate)\n"
+            f"sign test, exact: p = {p:.3g}, a difference is {'' if p < 0.05 else 'not '}shown at "
+            "5 %")
+        if p >= 0.05:
+            rate = won / decided if won != lost else 0.6
+            need = votes_needed(rate)
+            say(f"if {100 * rate:.1f} % is the truth, a study of {need:,} decided votes, about "
+                f"{max(0, need - decided):,} more, would show it 4 times in 5 (a number to fix "
+                "before: testing after each vote is no test)")
         left = sides[True] + sides[False]
         say(f"position: the left one was chosen in {100 * sides[True] / left:.1f} % of {left} "
             f"decided votes (p = {sign_test(sides[True], sides[False]):.2g} if sides are alike)")

@@ -200,6 +200,24 @@ def test_bias_is_what_sampling_shows(second):
         assert abs(bias / fid.frechet_bias(S1, S1, n1, n2) - 1) > 0.1
 
 
+def test_bias_of_fixed_classes():
+    """Classes in fixed numbers leave less to chance: mean FD of 300 such samples of a mixture to
+    the whole is the closed form with the class means taken out, and not the one without."""
+    g = torch.Generator().manual_seed(0)
+    D, K, n = 6, 5, 40
+    centres, A = 3 * torch.randn(K, D, generator=g).double(), torch.randn(D, D, generator=g).double()
+    y = torch.arange(K).repeat_interleave(n)
+    between = fid.between_classes(centres[y], y)
+    assert torch.allclose(between, torch.cov(centres.T, correction=0))
+    mu, S = centres.mean(0), between + A.T @ A
+    draws = [fid.frechet_distance(mu, S, *fid.gaussian(
+        centres[y] + torch.randn(K * n, D, generator=g, dtype=torch.float64) @ A)) for _ in range(300)]
+    bias = np.mean(draws)
+    assert np.std(draws) / 300**0.5 < 0.03 * bias
+    assert bias == pytest.approx(fid.frechet_bias(S, S, 10**9, K * n, between), rel=0.1)
+    assert fid.frechet_bias(S, S, 10**9, K * n) > 1.4 * bias
+
+
 def test_infinity_is_nearer_to_the_truth():
     """Extrapolated FD is closer than plain FD, on average over 20 seeds; the true one is 0."""
     plain, far = [], []
@@ -232,8 +250,8 @@ def test_kid_against_loops():
     X, Y = cloud(20, 3, 1), cloud(20, 3, 2)
     k = lambda a, b: (float(a @ b) / 3 + 1) ** 3
     values = []
-    for i in range(0, 20, 2):
-        (a, b), (c, d) = X[i:i + 2], Y[i:i + 2]
+    for i in range(10):
+        (a, b), (c, d) = X[i::10], Y[i::10]
         values.append(k(a, b) + k(c, d) - 2 * np.mean([k(a, c), k(a, d), k(b, c), k(b, d)]))
     value, error = fid.kid(X, Y)
     assert value == pytest.approx(np.mean(values))
@@ -648,10 +666,14 @@ def test_floor_has_the_labels_of_fake():
     """A floor with other shares of the classes would be too high."""
     args = fid.parse_args(["mnist:test", "x"])
     f = lambda x: (x.flatten(1).double()[:, 300:310], None)
-    fake = SimpleNamespace(n=50, counts={3: 20, 8: 30})
+    fake = SimpleNamespace(n=50, counts={3: 20, 8: 30}, fixed=True)
     real = fid.summarise(fid.read_set("mnist:test[:100]", args), f, args, "x")
     _, found, name = fid.floor_of(real, fake, f, args)
-    assert found.counts == fake.counts and name == "50 of mnist:train"
+    assert found.counts == fake.counts and name == "50 of mnist:train" and found.fixed
+    fake.counts = {12: 50}  # labels that the data set does not have
+    assert fid.floor_of(real, fake, f, args)[1].n == 50
+    args.sets[1] = "mnist:train[:50]"  # FAKE is the other split itself: then halves of REAL
+    assert fid.floor_of(real, fake, f, args)[2] == "50 of REAL, against its other 50"
 
 
 def test_kept_features_are_a_fair_choice():
@@ -660,9 +682,9 @@ def test_kept_features_are_a_fair_choice():
     for seed in range(200):
         kept = fid.Features(100, seed)
         for part in torch.arange(1000.0)[:, None].split(70):
-            kept.add(part)
+            kept.add(part, part[:, 0].long())
         kept.cut()
-        assert len(kept.kept) == 100 and kept.n == 1000
+        assert len(kept.kept) == 100 and kept.n == 1000 and torch.equal(kept.kept[:, 0], kept.y)
         hits[kept.kept[:, 0].long()] += 1
     assert abs(hits[:500].sum() / hits.sum() - 0.5) < 0.02 and hits.max() < 45
 
@@ -718,6 +740,9 @@ def bad(tmp_path_factory):
     np.save(folder / "nan.npy", y)
     (folder / "cut.npy").write_bytes((folder / "ok.npy").read_bytes()[:-100])
     np.savez(folder / "labels.npz", arr_0=x, labels=np.zeros(3, int))
+    np.savez(folder / "halves.npz", arr_0=x, labels=np.full(40, 0.5))
+    np.save(folder / "nothing.npy", x[:0])
+    np.savez(folder / "skew.npz", mu=np.zeros(128), sigma=np.eye(128) + np.eye(128, k=5))
     np.savez(folder / "other.npz", weights=x)
     np.savez(folder / "mu.npz", mu=np.zeros(64), sigma=np.eye(64))
     np.savez(folder / "munan.npz", mu=np.full(128, np.nan), sigma=np.eye(128))
@@ -731,7 +756,7 @@ def bad(tmp_path_factory):
     data = (folder / "mixed/a.png").read_bytes()
     (folder / "torn/a.png").write_bytes(data[:60])
     (folder / "sixteen/a.png").write_bytes(png(x[0], 0, [0], bits=16))
-    (folder / "weights.pth").write_bytes(b"12345")
+    (folder / "weights.pth").write_bytes(b"12345\n")
     return folder
 
 
@@ -743,6 +768,14 @@ def bad(tmp_path_factory):
     (["ok.npy", "big.npy", "--features", "pixels"], "different dimensions"),
     (["ok.npy", "first.npy"], "expected images (N, H, W, 1 or 3)"),
     (["ok.npy", "range.npy"], "float in 0..1; found float64 in -1..1"),
+    (["ok.npy", "skew.npz"], "not symmetric"),
+    (["ok.npy", "nothing.npy"], "found 0 images"),
+    (["ok.npy", "halves.npz"], "one whole number an image"),
+    (["ok.npy", ""], "is not known"),
+    (["ok.npy", "ok.npy", "--save-stats", "mu.npz"], "expected a new file"),
+    (["ok.npy", "--save-stats", "stats"], "ending in .npz"),
+    (["--sweep", "--data", "ok.npy"], "expected 400 or more"),
+    (["--sweep", "--seed", "-1"], "--seed -1"),
     (["ok.npy", "int.npy"], "found int64"),
     (["ok.npy", "nan.npy"], "found float64 in nan..nan"),
     (["ok.npy", "cut.npy"], "cannot be read"),
@@ -770,6 +803,7 @@ def bad(tmp_path_factory):
     (["--resume"], "needs --train"),
     (["--train", "--steps", "0"], "whole number of at least 1"),
     (["--vote", "ok.npy", "one.npy"], "differ"),
+    (["--vote", "ok.npy", "nothing.npy"], "no images in nothing.npy"),
     (["--vote", "ok.npy", "ok.npy", "--port", "70000"], "expected 0 to 65535"),
     (["--tally", "none.jsonl"], "is not there"),
     (["--tally", "weights.pth"], "no file of votes"),
@@ -913,6 +947,7 @@ def test_votes_are_kept_undone_and_resumed(server):
         lines = Path("v.jsonl").read_text().splitlines()
         assert json.loads(lines[-1])["vote"] == seen[-1] and len(lines) == 2 + i
     assert one.ask("left", 2)["trial"] == 4  # late: the page had not seen the answer yet
+    assert one.ask("undo", 3)["trial"] == 4  # a late one too
     assert one.ask("undo", 4)["trial"] == 3
     with open("v.jsonl", "ab") as file:
         file.write(b'{"trial": 3, "pair"')  # killed while writing
@@ -954,7 +989,8 @@ def test_server_keeps_strangers_out(server):
     assert code(vote="left", headers={"X-Token": ""}) == 403
     assert code(body=b"x" * 2000) == 413
     assert code(headers={"Content-Length": "-1"}) == 413
-    for body in (b"{", b"[]", b'{"trial": 0}', b'"' * 9):
+    for body in (b"{", b"[]", b'{"trial": 0}', b'"' * 9, b"[" * 900, b'{"trial": 0.0, "vote": '
+                 b'"left", "seconds": 1}', b'{"trial": 0, "vote": "left", "seconds": NaN}'):
         assert code(body=body) == 400
     for path in ("x", "../fid.py", "v.jsonl"):
         with pytest.raises(urllib.error.HTTPError) as stop:
@@ -983,11 +1019,12 @@ def test_votes_on_other_pairs_are_not_mixed(server, capsys):
 def test_tally_as_on_the_slide(tmp_path, capsys):
     """684 wins, 21 ties, 295 losses of 1,000 are the slide's 68.4, 2.1, 29.5 (Emu against SDXL);
     with interval, sign test, position and self-agreement; several raters by majority."""
-    header = dict(A="emu", B="sdxl", digest="x", seed=0, trials=1010)
+    header = dict(A="emu", B="sdxl", digest="x", seed=0, num=1000, repeats=0.01)
     votes = ["A"] * 684 + ["tie"] * 21 + ["B"] * 295
-    lines = [dict(pair=i, left="AB"[i % 2], vote=v, repeat=False) for i, v in enumerate(votes)]
-    lines += [dict(pair=i, left="AB"[(i + 1) % 2], vote="A" if i < 8 else "B", repeat=True)
-              for i in range(10)]
+    lines = [dict(trial=i, pair=i, left="AB"[i % 2], vote=v, repeat=False)
+             for i, v in enumerate(votes)]
+    lines += [dict(trial=1000 + i, pair=i, left="AB"[(i + 1) % 2], vote="A" if i < 8 else "B",
+                   repeat=True) for i in range(10)]
     write = lambda name, lines: (tmp_path / name).write_text(
         "".join(json.dumps(x) + "\n" for x in [header, *lines]))
     write("v.jsonl", lines)
@@ -997,7 +1034,8 @@ def test_tally_as_on_the_slide(tmp_path, capsys):
     low, high = fid.wilson(684, 979)
     assert f"{100 * low:.1f} to {100 * high:.1f} %" in out and "is shown at 5 %" in out
     assert "8 of 10 hidden repeats" in out and re.search(r"chosen in (49|50|51)\.\d %", out)
-    few = [dict(pair=i, left="A", vote=v, repeat=False) for i, v in enumerate("AAAAAABBBB")]
+    few = [dict(trial=i, pair=i, left="A", vote=v, repeat=False)
+           for i, v in enumerate("AAAAAABBBB")]
     write("few.jsonl", few)
     fid.main(["--tally", str(tmp_path / "few.jsonl")])
     out = capsys.readouterr().out
