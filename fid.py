@@ -782,11 +782,10 @@ class Features(Moments):
         self.batches = [(lots, self.kept, self.y)]
 
     def fix(self):
-        """To be called if the number of each class was fixed and not drawn: sorts by class, so that
-        every k-th row is a set with fixed classes too."""
+        """To be called if the number of each class was fixed and not drawn. by_class: the features
+        sorted by class, so that every k-th is a set with fixed classes too."""
         if self.n <= self.keep:
-            self.y, order = self.y.sort(stable=True)
-            self.kept, self.fixed = self.kept[order], True
+            self.by_class, self.fixed = self.kept[self.y.argsort(stable=True)], True
 
 
 def summarise(batches, f, args, name, seed=0):
@@ -852,7 +851,8 @@ def train(args, ckpt=None):
     if begin > args.steps:
         die(f"--resume: all {args.steps} steps are done; ask for more with --steps")
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(data):,} of {args.data}, "
-        f"shape {args.shape}, {args.num_classes} classes; {args.steps:,} steps of {args.batch_size}")
+        f"shape {args.shape}, {args.num_classes} classes; {args.steps:,} steps of "
+        f"{args.batch_size}")
     if args.compile:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
         model.compile()
@@ -935,7 +935,7 @@ def measures(real, fake, args):
     if fake.kept is not None and len(fake.kept) >= 20:
         known = (real.mu, real.S) if real.kept is None else real.kept
         if len(fake.kept) > 3 * D < (real.n if real.kept is None else len(real.kept)):
-            found["infinity"] = frechet_infinity(known, fake.kept)
+            found["infinity"] = frechet_infinity(known, fake.by_class if fixed else fake.kept)
         if real.kept is not None and len(real.kept) >= 20:
             found["kid"], found["kid_error"] = kid(real.kept, fake.kept)
             found["precision"], found["recall"] = precision_recall(real.kept, fake.kept, args.k)
@@ -959,7 +959,8 @@ def floor_of(real, fake, f, args):
             # a set with other shares of the classes would be further away
             pick = torch.cat([pick[labels[pick] == c][:k] for c, k in sorted(fake.counts.items())])
         pick = pick[:n]
-        found = summarise(zip(images[pick].split(500), labels[pick].split(500)), f, args, "floor", 2)
+        batches = zip(images[pick].split(500), labels[pick].split(500))
+        found = summarise(batches, f, args, "floor", 2)
         if fake.counts:
             found.fix()
         return real, found, f"{found.n:,} of {name}:{other}"
