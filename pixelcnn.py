@@ -18,7 +18,11 @@ Run        python pixelcnn.py --train                             digits, 256 le
            python pixelcnn.py --sample --num 100 --save x.npz     from your model
            python pixelcnn.py --bpd --complete --score --classify what a density is good for
            python pixelcnn.py --train --arch plain --out out/plain     the slide's convolutions
-Expect     EXPECT
+Expect     digits, 256 levels: 6 minutes on 2 CPU cores, 0.88 bits/dim on the test set (a histogram
+           for each pixel: 1.69); 88 of 100 samples read as the class asked for by fid.py's classifier;
+           1,000 samples in 9 s. GPU: not measured yet. In out/pixelcnn/: model.pt, samples (.png,
+           .npz), trajectory (an animation), loss (.png, .csv), step_000500.png and so on; and by
+           verb complete, score, classify, receptive_field (.png).
 Left out   up- and downsampling inside the network, attention (PixelSNAIL), dropout, ensembles
 Try        1. --levels 2: black and white digits, in nats beside the literature's 80.
            2. --arch plain against gated at equal time: what does the blind spot cost?
@@ -116,8 +120,8 @@ def parse_args(argv=None, config=None):
     # sampling
     add("--num", type=positive, help="how many samples")
     add("--save", type=Path, help="where their .npz goes, by default OUT/samples.npz")
-    add("--guidance", type=float, metavar="W", help="uncond + W (cond - uncond), of logits: a larger "
-        "W gives more typical and less varied samples; 1 is p(x | y)")
+    add("--guidance", type=float, metavar="W", help="uncond + W (cond - uncond), of logits: a "
+        "larger W gives more typical and less varied samples; 1 is p(x | y)")
     add("--temperature", type=float, default=1.0, help="of the softmax; below 1 more typical")
     add("--naive", action="store_true", help="sample without caches, the whole network per pixel")
     p.set_defaults(**(config or {}))
@@ -195,15 +199,15 @@ class MaskedConv(nn.Conv2d):
            0 0 0 0 0        0 0 0 0 0
     """
 
-    def __init__(self, mask, c_in, c_out, dilation=1):
-        super().__init__(c_in, c_out, 5, padding=2 * dilation, dilation=dilation)
+    def __init__(self, mask, c_in, c_out):
+        super().__init__(c_in, c_out, 5, padding=2)
         keep = torch.zeros(5, 5)
         keep[:2], keep[2, :2 if mask == "A" else 3] = 1, 1
         self.register_buffer("keep", keep, persistent=False)
 
     def forward(self, x):
         # the mask is applied at use: weights that an optimiser moved cannot leak
-        return F.conv2d(x, self.weight * self.keep, self.bias, 1, self.padding, self.dilation)
+        return F.conv2d(x, self.weight * self.keep, self.bias, padding=2)
 
 
 class Above(nn.Module):
@@ -645,7 +649,7 @@ def log_probs(args, model, x, y):
     return torch.cat(found)
 
 
-def bits_per_dim(args, model):
+def measure(args, model):
     """Bits/dim and nats per image of the whole test set, beside two yardsticks."""
     x, y = test_images(args)
     D, K = x[0].numel(), args.levels
@@ -1193,7 +1197,7 @@ def main(argv=None):
                 small = {k: ckpt[k] for k in ("file", "config", "step")}
                 small["ema"] = {k: v.half() for k, v in ckpt["ema"].items()}
                 save_checkpoint(args.export, small)
-        for wanted, verb in ((args.train or args.bpd, bits_per_dim),
+        for wanted, verb in ((args.train or args.bpd, measure),
                              (args.train or args.sample, sample), (args.complete, complete),
                              (args.score, score), (args.classify, classify)):
             if wanted:
