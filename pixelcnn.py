@@ -19,10 +19,10 @@ Run        python pixelcnn.py --train                             digits, 256 le
            python pixelcnn.py --bpd --complete --score --classify what a density is good for
            python pixelcnn.py --train --arch plain --out out/plain     the slide's convolutions
 Expect     digits, 256 levels: 6 minutes on 2 CPU cores, 0.88 bits/dim on the test set (a histogram
-           for each pixel: 1.69); 88 of 100 samples read as the class asked for by fid.py's classifier;
-           1,000 samples in 9 s. GPU: not measured yet. In out/pixelcnn/: model.pt, samples (.png,
-           .npz), trajectory (an animation), loss (.png, .csv), step_000500.png and so on; and by
-           verb complete, score, classify, receptive_field (.png).
+           for each pixel: 1.69); 88 of 100 samples read as the class asked for by fid.py; 1,000
+           samples in 9 s. GPU: not measured yet. In out/pixelcnn/: model.pt, samples (.png, .npz),
+           trajectory (an animation), loss (.png, .csv), step_000500.png and so on; and by verb
+           complete, score, classify, receptive_field (.png).
 Left out   up- and downsampling inside the network, attention (PixelSNAIL), dropout, ensembles
 Try        1. --levels 2: black and white digits, in nats beside the literature's 80.
            2. --arch plain against gated at equal time: what does the blind spot cost?
