@@ -9,18 +9,18 @@ Equations  d_F = |mu_r - mu_g|^2 + tr(S_r + S_g - 2 (S_r S_g)^(1/2))      S is t
            bias of d_F from n_r, n_g images with Gaussian features:
                tr S_r/n_r + tr S_g/n_g + (1/(n_r - 1) + 1/(n_g - 1)) sum_{i<=j} s_i s_j/(s_i + s_j)
            KID = E k(x, x') + E k(y, y') - 2 E k(x, y),    k(x, y) = (x.y/D + 1)^3
-           p = W/(W + L): share of the votes won, with Wilson's interval
-Notation   mu, S     mu, S        (D,), (D, D)   mean and covariance of the features, float64
-           f(I)      f            (B, D)         features of images (B, C, H, W) uint8
-           s_i       s            (r,)           singular values, r at most D
-           x, y      X, Y         (N, D)         features of real images and of samples
+           share of the votes won = won/(won + lost), with Wilson's interval
+Notation   f(I)      f            (B, D)         D features of images I, (B, C, H, W) uint8
+           x, y      X, Y         (N, D)         features of N real images and of N samples
+           mu, S     mu, S        (D,), (D, D)   their mean and covariance, float64
+           s_i       s            (r,)           singular values, r <= D of them are not zero
 Run        python fid.py mnist:train out/ddpm/samples.npz --classes      judge samples of digits
            python fid.py cifar10:train mine.npz --features inception     the FID of the papers
            python fid.py --train --data fashion --out out/fashion        features of your own
            python fid.py --sweep                     what moves the number, from real digits
            python fid.py --vote a.npz b.npz          which do you prefer? then --tally
 Expect     --train: 1 minute on 2 CPU cores, 99.6 % of the test digits; the enclosed one has 99.7 %
-           (fashion 90 %, CIFAR-10 75 %, with --steps 6000 85 %). A report on 61,000 digits: 10 s.
+           (--flip: fashion 90 %, CIFAR-10 75 %, 6,000 steps 85 %). A report on 61,000 digits: 10 s.
            Inception: 15 images a second on 2 cores, 50 with --fast. GPU: not measured yet.
            In out/fid/: model.pt, mistakes.png, loss (.png, .csv), sweep_*.png, votes.jsonl.
 Left out   Inception Score (blind to the real data), sFID, DINOv2 and CLIP features, Elo ratings
@@ -66,10 +66,10 @@ from tqdm import tqdm
 SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
     "small": dict(features="ours", width=32, steps=1200, batch_size=128, lr=4e-3, every=500),
     "base": dict(features="ours", width=96, steps=8000, batch_size=512, lr=4e-3, every=1000),
-    "paper": dict(features="inception", width=0, steps=0, batch_size=0, lr=0.0, every=0),
+    "paper": dict(features="inception"),
 }
-CONFIG_KEYS = ["width", "steps", "batch_size", "lr", "size", "data", "seed", "flip", "shape",
-               "num_classes"]  # what a checkpoint keeps of the flags
+CONFIG = ["width", "steps", "batch_size", "lr", "size", "data", "seed", "flip", "shape",
+          "num_classes"]  # what a checkpoint keeps of the flags
 
 
 def parse_args(argv=None, config=None):
@@ -765,7 +765,7 @@ class Features(Moments):
     def add(self, f, labels=None, logits=None):
         """f (B, D), labels (B,), logits (B, K), or None."""
         super().add(f)
-        lots = torch.rand(len(f), generator=self.rng)
+        lots = torch.rand(len(f), generator=self.rng)  # who draws the highest is kept
         if labels is not None:
             self.counts.update(labels.tolist())
             self.right += 0 if logits is None else int((logits.argmax(1) == labels).sum())
@@ -856,7 +856,7 @@ def train(args, ckpt=None):
     if args.compile:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
         model.compile()
-    config = {k: getattr(args, k) for k in CONFIG_KEYS}
+    config = {k: getattr(args, k) for k in CONFIG}
     B, dev, stop, total, counted, done = args.batch_size, args.device, ctrl_c(), 0.0, 0, False
     clock, since = time.time(), begin - 1
     bar = tqdm(range(begin, args.steps + 1), initial=begin - 1, total=args.steps, disable=None)
@@ -923,18 +923,18 @@ def test(args, ckpt):
 
 
 def measures(real, fake, args):
-    """{name: number} of all that is measured of two sets; None where it is not defined, or where
-    only mu and sigma are known."""
+    """{name: number} of all that is measured of two sets; names are missing where the number is not
+    defined, or where only mu and sigma are known."""
     found = dict(fd=frechet_distance(real.mu, real.S, fake.mu, fake.S))
-    n, D = min(s.n or 0 for s in (real, fake)), len(fake.mu)
+    n, D = min(real.n, fake.n), len(fake.mu)
+    fixed = fake.kept is not None and fake.fixed
     if n > 2 * D:
-        fixed = fake.kept is not None and fake.fixed
         between = between_classes(fake.kept, fake.y) if fixed else None
         found["bias"] = frechet_bias(real.S, fake.S, real.n, fake.n, between)
         found["less"] = found["fd"] - found["bias"]
     if fake.kept is not None and len(fake.kept) >= 20:
         known = (real.mu, real.S) if real.kept is None else real.kept
-        if len(fake.kept) > 3 * D < (real.n if real.kept is None else len(real.kept)):
+        if len(fake.kept) > 3 * D and (real.kept is None or len(real.kept) > 3 * D):
             found["infinity"] = frechet_infinity(known, fake.by_class if fixed else fake.kept)
         if real.kept is not None and len(real.kept) >= 20:
             found["kid"], found["kid_error"] = kid(real.kept, fake.kept)
@@ -1213,16 +1213,16 @@ def read_votes(path):
         die(f"{path} is no file of votes, or an altered one ({type(e).__name__}: {e})")
 
 
-def ballot(args):
-    """The server of the page, and the number of trials; POST / {trial, vote} answers what to show
-    next. The page never learns which side is A."""
+def read_pairs(args):
+    """A, B (N, H, W, C) uint8 and the prompt of each pair, from the labels or captions of the two
+    sets of --vote."""
     sets, prompts = [], []
     for spec in args.vote:
         batches = list(read_set(spec, args))
         if not batches:
             die(f"--vote: no images in {spec}")
         images, labels = zip(*batches)
-        sets.append(torch.cat(images).numpy().transpose(0, 2, 3, 1))  # (N, H, W, C)
+        sets.append(torch.cat(images).numpy().transpose(0, 2, 3, 1))
         prompts.append(None if labels[0] is None else
                        [f"class {y}" for y in torch.cat(labels).tolist()])
         if spec.endswith(".npz") and "captions" in (file := np.load(spec)).files:
@@ -1237,119 +1237,136 @@ def ballot(args):
             "the same number of images, pair by pair, of the same size")
     if None not in prompts and prompts[0] != prompts[1]:
         die("--vote: labels or captions of the two sets differ; pairs must show the same thing")
-    try:  # before anything is written
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", args.port), None)
-    except OSError as e:
-        die(f"--port {args.port} cannot be had ({e.strerror}); choose another, or 0 for a free one")
-    trials = make_trials(len(A), args.num, args.repeats, args.seed)
-    header = dict(A=args.vote[0], B=args.vote[1], seed=args.seed, num=args.num,
-                  repeats=args.repeats, digest=hashlib.md5(A.tobytes() + B.tobytes()).hexdigest())
-    votes = []
-    if args.votes.exists() and args.votes.stat().st_size:
-        found, votes = read_votes(args.votes)
-        if any(found[k] != header[k] for k in ("digest", "seed", "num", "repeats")):
-            die(f"--votes {args.votes} holds votes on other pairs: {found}; choose another file")
-        os.truncate(args.votes, args.votes.read_bytes().rindex(b"\n") + 1)
-    args.votes.parent.mkdir(parents=True, exist_ok=True)
-    file, lock, token = open(args.votes, "ab"), threading.Lock(), secrets.token_urlsafe(16)
+    return A, B, prompts[0] or prompts[1] or [""] * len(A)
 
-    def append(line):
-        file.write(json.dumps(line).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
 
-    if not args.votes.stat().st_size:
-        append(header)
+class Ballot:
+    """The pairs, the order in which they are shown, and the votes, each written to a file at once.
+    Goes on where the file stands."""
 
-    def pixels(image):
-        rgb = np.broadcast_to(image, (*image.shape[:2], 3))
-        alpha = np.full((*image.shape[:2], 1), 255, np.uint8)
-        return base64.b64encode(np.concatenate([rgb, alpha], 2).tobytes()).decode()
+    def __init__(self, args, A, B, prompts):
+        self.A, self.B, self.prompts, self.lock = A, B, prompts, threading.Lock()
+        self.trials, self.votes = make_trials(len(A), args.num, args.repeats, args.seed), []
+        md5 = hashlib.md5(A.tobytes() + B.tobytes()).hexdigest()
+        header = dict(A=args.vote[0], B=args.vote[1], digest=md5, seed=args.seed, num=args.num,
+                      repeats=args.repeats)
+        if args.votes.exists() and args.votes.stat().st_size:
+            found, self.votes = read_votes(args.votes)
+            if any(found[k] != header[k] for k in ("digest", "seed", "num", "repeats")):
+                die(f"--votes {args.votes} holds votes on other pairs: {found}; choose another "
+                    "file")
+            os.truncate(args.votes, args.votes.read_bytes().rindex(b"\n") + 1)
+        args.votes.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(args.votes, "ab")
+        if not args.votes.stat().st_size:
+            self.append(header)
 
-    def show():
-        state = dict(trial=len(votes), trials=len(trials))
-        if len(votes) < len(trials):
-            pair, a_left, _ = trials[len(votes)]
-            left, right = (A, B) if a_left else (B, A)
-            prompt = (prompts[0] or prompts[1] or [""] * len(A))[pair]
-            state.update(left=pixels(left[pair]), right=pixels(right[pair]), prompt=prompt,
-                         width=A.shape[2], height=A.shape[1])
+    def append(self, line):
+        self.file.write(json.dumps(line).encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def show(self):
+        """What the page needs for the next trial; it never learns which side is A."""
+        state = dict(trial=len(self.votes), trials=len(self.trials))
+        if len(self.votes) < len(self.trials):
+            pair, a_left, _ = self.trials[len(self.votes)]
+            for side, images in zip(("left", "right"), (self.A, self.B) if a_left else
+                                    (self.B, self.A)):
+                H, W, _ = images[pair].shape
+                rgba = np.full((H, W, 4), 255, np.uint8)
+                rgba[:, :, :3] = images[pair]
+                state[side] = base64.b64encode(rgba.tobytes()).decode()
+            state.update(prompt=self.prompts[pair], width=W, height=H)
         return state
 
-    def take(trial, choice, seconds):
+    def take(self, trial, choice, seconds):
         """A vote counts for the trial that the page showed; a second one, sent late, does not."""
-        if choice == "undo" and trial == len(votes) > 0:
-            append({"undo": trial - 1})
-            votes.pop()
-        elif choice in ("left", "right", "tie") and trial == len(votes) < len(trials):
-            pair, a_left, repeat = trials[trial]
+        if choice == "undo" and trial == len(self.votes) > 0:
+            self.append({"undo": trial - 1})
+            self.votes.pop()
+        elif choice in ("left", "right", "tie") and trial == len(self.votes) < len(self.trials):
+            pair, a_left, repeat = self.trials[trial]
             line = dict(trial=trial, pair=pair, left="AB"[not a_left], repeat=repeat,
                         vote="tie" if choice == "tie" else "AB"[(choice == "left") != a_left],
                         seconds=seconds, time=time.strftime("%Y-%m-%dT%H:%M:%S"))
-            append(line)
-            votes.append(line)
+            self.append(line)
+            self.votes.append(line)
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        timeout = 10  # seconds for a request to come in
 
-        def answer(self, code, body=b"", kind="text/plain"):
-            self.send_response(code)
-            for key, value in (
-                    ("Content-Type", f"{kind}; charset=utf-8"), ("Content-Length", str(len(body))),
-                    ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
-                    ("Content-Security-Policy", "default-src 'none'; connect-src 'self'; "
-                     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'; "
-                     f"script-src 'nonce-{token}'; style-src 'nonce-{token}'")):
-                self.send_header(key, value)
-            self.end_headers()
-            self.wfile.write(body)
+class Handler(http.server.BaseHTTPRequestHandler):
+    """GET / is the page; POST / {trial, vote, seconds} takes a vote and answers what to show next.
+    self.server has the ballot, and the token that only the page knows."""
 
-        def mine(self):
-            """Is the request for this server's own name? A page elsewhere could point its name
-            here."""
-            port = self.server.server_address[1]
-            return self.headers.get("Host") in (f"127.0.0.1:{port}", f"localhost:{port}")
+    timeout = 10  # seconds for a request to come in
 
-        def do_GET(self):
-            if not self.mine():
-                return self.answer(403)
-            if self.path != "/":
-                return self.answer(404)
-            self.answer(200, PAGE.replace("TOKEN", token).encode(), "text/html")
+    def answer(self, code, body=b"", kind="text/plain"):
+        self.send_response(code)
+        nonce = f"'nonce-{self.server.token}'"
+        for key, value in (
+                ("Content-Type", f"{kind}; charset=utf-8"), ("Content-Length", str(len(body))),
+                ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
+                ("Content-Security-Policy", "default-src 'none'; connect-src 'self'; "
+                 "frame-ancestors 'none'; base-uri 'none'; form-action 'none'; "
+                 f"script-src {nonce}; style-src {nonce}")):
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body)
 
-        def do_POST(self):
-            length = self.headers.get("Content-Length", "")
-            if not self.mine() or not secrets.compare_digest(
-                    self.headers.get("X-Token", "").encode(), token.encode()):
-                return self.answer(403)
-            if not re.fullmatch("[0-9]{1,3}", length):
-                return self.answer(413)
-            try:
-                asked = json.loads(self.rfile.read(int(length)))
-                trial, choice, seconds = asked["trial"], asked["vote"], float(asked["seconds"])
-                if type(trial) is not int or not 0 <= seconds < 1e6:
-                    raise ValueError
-            except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
-                return self.answer(400)
-            try:
-                with lock:
-                    take(trial, choice, round(seconds, 2))
-                    body = json.dumps(show()).encode()
-            except OSError:  # disk full: the vote is not counted
-                return self.answer(500)
-            self.answer(200, body, "application/json")
+    def mine(self):
+        """Is the request for this server's own name? A page elsewhere could point its name here."""
+        port = self.server.server_address[1]
+        return self.headers.get("Host") in (f"127.0.0.1:{port}", f"localhost:{port}")
 
-        def log_message(self, *_):
-            pass
+    def do_GET(self):
+        if not self.mine():
+            return self.answer(403)
+        if self.path != "/":
+            return self.answer(404)
+        self.answer(200, PAGE.replace("TOKEN", self.server.token).encode(), "text/html")
 
-    server.RequestHandlerClass = Handler
+    def do_POST(self):
+        length = self.headers.get("Content-Length", "")
+        if not self.mine() or not secrets.compare_digest(
+                self.headers.get("X-Token", "").encode(), self.server.token.encode()):
+            return self.answer(403)
+        if not re.fullmatch("[0-9]{1,3}", length):
+            return self.answer(413)
+        try:
+            asked = json.loads(self.rfile.read(int(length)))
+            trial, choice, seconds = asked["trial"], asked["vote"], float(asked["seconds"])
+            if type(trial) is not int or not 0 <= seconds < 1e6:
+                raise ValueError
+        except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
+            return self.answer(400)
+        try:
+            with self.server.ballot.lock:
+                self.server.ballot.take(trial, choice, round(seconds, 2))
+                body = json.dumps(self.server.ballot.show()).encode()
+        except OSError:  # disk full: the vote is not counted
+            return self.answer(500)
+        self.answer(200, body, "application/json")
+
+    def log_message(self, *_):
+        pass
+
+
+def make_server(args):
+    """The server of the page, not yet running. The port is taken before anything is written."""
+    pairs = read_pairs(args)
+    try:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", args.port), Handler)
+    except OSError as e:
+        die(f"--port {args.port} cannot be had ({e.strerror}); choose another, or 0 for a free one")
+    server.ballot, server.token = Ballot(args, *pairs), secrets.token_urlsafe(16)
     server.handle_error = lambda *_: None  # a browser that leaves early
-    return server, len(trials), votes
+    return server
 
 
 def vote(args):
     """Serves the page until Ctrl-C."""
-    server, trials, votes = ballot(args)
+    server = make_server(args)
+    votes, trials = server.ballot.votes, len(server.ballot.trials)
     say(f"{trials} trials, {len(votes)} done; open http://127.0.0.1:{server.server_address[1]}/\n"
         f"votes go to {args.votes}; Ctrl-C ends, the same command goes on")
     try:

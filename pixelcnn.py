@@ -10,8 +10,10 @@ Equations  density     p(x) = prod_i p(x_i | x_1, ..., x_{i-1}),  i in reading o
            pixel       p(x_i = k | ...) = softmax over K levels: the exact distribution
            learning    minimise - log p(x | y), in bits/dim = nats/(C H W ln 2)
            Bayes       p(y | x) = p(x | y) p(y)/sum_y' p(x | y') p(y'),  p(x) = that sum
+           guidance    logits = none + w (cond - none),  with the class and with none
 Notation   x        x       (B, C, H, W)     levels 0..K-1, whole numbers
-           y        y       (B,)             class, for p(x | y)
+           y        y       (B,)             class, for p(x | y); `classes` for none
+                    e       (B, H, W, C E)   each level as a learned vector of E numbers
            v, h     v, h    (B, H, W, D)     vertical stack: rows above; horizontal: and to the left
            logits   out     (B, C, H, W, K)  what the softmax takes; or the mixture's parameters
 Run        python pixelcnn.py --train                             digits, 256 levels
@@ -68,8 +70,8 @@ SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
         warmup=1000, beta2=0.95, ema=0.9998, guidance=1.0, num=100,
         every=10_000),
 }
-KEPT = [*SIZES["small"], "size", "data", "seed", "arch", "likelihood", "levels", "mixtures", "flip",
-        "unconditional", "temperature", "shape", "classes"]  # what a checkpoint keeps of the flags
+CONFIG = [*SIZES["small"], "size", "data", "seed", "arch", "likelihood", "levels", "mixtures",
+          "flip", "unconditional", "temperature", "shape", "classes"]  # what a checkpoint keeps
 
 
 def parse_args(argv=None, config=None):
@@ -225,10 +227,10 @@ class Above(nn.Module):
         return self.conv(x[:, :, :-1] if self.first else x).permute(0, 2, 3, 1)
 
     def row(self, past):
-        """One row of the result, from the `top` rows before and (not first) its own, (B, rows, W,
-        D), which are not padded at the sides."""
+        """forward for one row only: past (B, top + 1, W, D) are the `top` rows before it and, last,
+        its own."""
         step = self.conv.dilation[0]
-        x = past[:, :-1] if self.first else past
+        x = past[:, :-1] if self.first else past  # the first layer must not see its own row
         x = F.pad(x[:, ::step].permute(0, 3, 1, 2), (self.side, self.side, 0, 0))
         return F.conv2d(x, self.conv.weight, self.conv.bias, dilation=(1, step)).permute(0, 2, 3, 1)
 
@@ -269,7 +271,7 @@ class Pixels(nn.Module):
     predicted from what lies before the pixel and, by sums of embeddings, from the pixel's earlier
     channels (R, then G, then B)."""
 
-    E = 16
+    E = 16  # length of a level's vector
 
     def __init__(self, shape, K, classes, D, hidden, likelihood, mixtures):
         super().__init__()
@@ -277,9 +279,11 @@ class Pixels(nn.Module):
         self.K, self.C, self.logistic = K, C, likelihood == "logistic"
         outputs = (2 + C) * mixtures if self.logistic else K
         self.embed = nn.ModuleList(nn.Embedding(K, self.E) for _ in range(C))
-        self.place = nn.Parameter(torch.zeros(2, H, W, D))  # digits are centred: it helps
+        # what is usual at each place, for v and for h: digits are centred, so it helps
+        self.place = nn.Parameter(torch.zeros(2, H, W, D))
         self.hidden = nn.Linear(D, hidden)
-        self.earlier = nn.ModuleList(nn.Embedding(K, hidden) for _ in range(C - 1))
+        self.earlier = nn.ModuleList(nn.Embedding(K, hidden)
+                                     for _ in range(0 if self.logistic else C - 1))
         self.logits = nn.ModuleList(nn.Linear(hidden, outputs) for _ in range(C))
 
     def vectors(self, x):
@@ -317,12 +321,12 @@ class Gated(Pixels):
         self.blocks = nn.ModuleList(Block(D, classes, d) for d in dilations)
 
     def trunk(self, e, y):
-        v = self.above(e)
+        v = self.above(e)  # (B, H, W, D)
         h = self.across(torch.cat([left(e, 1), left(e, 2), left(e, 3), v], -1)) + self.place[1]
         v = v + self.place[0]
         for block in self.blocks:
             v, h = block(v, h, y)
-        return h
+        return h  # (B, H, W, D)
 
 
 class Plain(Pixels):
@@ -339,7 +343,7 @@ class Plain(Pixels):
         h = self.first(e.permute(0, 3, 1, 2)) + self.place[1].permute(2, 0, 1)  # (B, D, H, W)
         for conv, label in zip(self.blocks, self.label):
             h = h + F.relu(conv(F.relu(h)) + label(y)[:, :, None, None])
-        return h.permute(0, 2, 3, 1)
+        return h.permute(0, 2, 3, 1)  # (B, H, W, D)
 
 
 # ---- 4. The loss (slide Autoregressive Models: "maximizing likelihood of training data") ---------
@@ -517,7 +521,7 @@ def train(args, ckpt=None):
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
         model.compile()
     net = DistributedDataParallel(Bits(model)) if WORLD > 1 else Bits(model)
-    config = {k: getattr(args, k) for k in KEPT}
+    config = {k: getattr(args, k) for k in CONFIG}
     B, dev, stop = args.batch_size, args.device, ctrl_c()
     total, counted, clock, since = 0.0, 0, time.time(), begin - 1
     bar = tqdm(range(begin, args.steps + 1), initial=begin - 1, total=args.steps,
@@ -649,7 +653,7 @@ def log_probs(args, model, x, y):
     return torch.cat(found)
 
 
-def measure(args, model):
+def test_set_bits(args, model):
     """Bits/dim and nats per image of the whole test set, beside two yardsticks."""
     x, y = test_images(args)
     D, K = x[0].numel(), args.levels
@@ -667,8 +671,9 @@ def measure(args, model):
 
 
 def complete(args, model):
-    """complete.png: test images, what is given of them (lower half, right half, all but a box), and
-    seven completions of each."""
+    """complete.png: test images; the same with the lower half, the right half or a box occluded;
+    and seven completions of each. A pixel is drawn given only those before it: what is known below
+    and to the right of a box cannot help."""
     x, y = test_images(args, 9)
     (H, W), N = args.shape[1:], len(x)
     known = torch.ones(N, 1, H, W, dtype=torch.bool)
@@ -752,6 +757,7 @@ def score(args, model):
         count, edges = np.histogram(np.log10(np.maximum(bits, 1e-3)), 40, (-2.5, 1.5))
         curves[name] = (edges[:-1] + 0.05, count / len(bits))
         picture = grid(from_levels(images[:12], args.levels), 12)
+        picture = picture[:, :picture.shape[1] // 12 * min(12, len(images))]
         rows += [caption(f"{name}: {bits.mean():.3f} bits/dim", 900), picture]
     plots = [plot(dict(part), "log10 of bits/dim: left is likely", "share")
              for part in (list(curves.items())[:4], list(curves.items())[4:]) if part]
@@ -766,18 +772,18 @@ def receptive_field(args):
     rows = []
     for name, kind in (("gated", Gated), ("plain", Plain)):
         fields = []
-        for n in range(7):
+        for n in range(min(7, len(args.dilations) + 1)):
             torch.manual_seed(0)
-            net = kind([1, 28, 28], 2, 0, 8, args.dilations[:n] or [], 8, "softmax", 1).double()
+            net = kind([1, 28, 28], 2, 0, 8, args.dilations[:n], 8, "softmax", 1).double()
             fields.append(field_of(net, 14, 14))
-        rows += [caption(f"{name}: first layer, then 1 to 6 blocks", 900),
-                 grid(torch.stack(fields), 7)]
+        rows += [caption(f"{name}: after the first layer, then each block", 900),
+                 grid(torch.stack(fields), len(fields))]
     save_png(args.out / "receptive_field.png", stack(rows)[None])
     say(f"receptive_field.png in {args.out}")
 
 
 def field_of(net, i, j):
-    """(1, H, W) uint8: 255 where the input vector moves the features of pixel (i, j), 90 at it."""
+    """(1, H, W) uint8: 255 where the input moves the features of pixel (i, j), 90 at the pixel."""
     H, W = net.place.shape[1:3]
     e = torch.randn(4, H, W, net.C * net.E, dtype=torch.float64, requires_grad=True)
     out = net.trunk(e, torch.zeros(4, dtype=torch.long))
@@ -1197,7 +1203,7 @@ def main(argv=None):
                 small = {k: ckpt[k] for k in ("file", "config", "step")}
                 small["ema"] = {k: v.half() for k, v in ckpt["ema"].items()}
                 save_checkpoint(args.export, small)
-        for wanted, verb in ((args.train or args.bpd, measure),
+        for wanted, verb in ((args.train or args.bpd, test_set_bits),
                              (args.train or args.sample, sample), (args.complete, complete),
                              (args.score, score), (args.classify, classify)):
             if wanted:

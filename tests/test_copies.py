@@ -14,6 +14,7 @@ OWN = {
     "sample",
     "loss",
     "SIZES",
+    "CONFIG",
 }  # by design different in every file
 
 

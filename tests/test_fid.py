@@ -904,7 +904,8 @@ def server(tmp_path, monkeypatch):
     def start(*flags):
         args = fid.parse_args(["--vote", "a.npz", "b.npz", "--port", "0", "--votes", "v.jsonl",
                                "--repeats", "0.25", *flags])
-        http, trials, votes = fid.ballot(args)
+        http = fid.make_server(args)
+        trials, votes = len(http.ballot.trials), http.ballot.votes
         threading.Thread(target=http.serve_forever, daemon=True).start()
         running.append(http)
         url = f"http://127.0.0.1:{http.server_address[1]}/"
