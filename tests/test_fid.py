@@ -271,6 +271,16 @@ def test_precision_and_recall_by_hand():
     assert precision == 0.5 and recall >= 0.5
 
 
+def test_balls_reach_to_the_kth_neighbour():
+    """Of real points 0..9 the outermost one's first neighbour is at 1, its third at 3: a sample
+    between is inside for the larger k only. The point itself is no neighbour."""
+    real = torch.arange(10.0)[:, None]
+    for k in (1, 2, 3):
+        inside, outside = (torch.full((10, 1), 9 + k + d) for d in (-0.1, 0.1))
+        assert fid.precision_recall(real, inside, k)[0] == 1.0
+        assert fid.precision_recall(real, outside, k)[0] == 0.0
+
+
 def test_precision_is_of_the_samples():
     """Real points of two kinds, samples of one: all samples are real-looking, half is missed."""
     g = torch.Generator().manual_seed(0)

@@ -183,6 +183,27 @@ def test_samples_follow_the_density(likelihood):
     assert (found - p).abs().max() < 4 * (0.25 / N) ** 0.5
 
 
+@pytest.mark.parametrize("w", [0.0, 1.0, 2.5])
+def test_guidance(w):
+    """On images of one pixel: levels are drawn with p(k) proportional to p(k | none)^(1 - w) times
+    p(k | y)^w; w = 0 is unconditional, 1 conditional (Ho & Salimans 2022)."""
+    net, N = tiny(H=1, W=1), 20_000
+    x, y = torch.zeros(N, 1, 1, 1, dtype=torch.long), torch.ones(N, dtype=torch.long)
+    dice = torch.rand(N, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    twice = [torch.cat([a, a]) for a in (x, x.bool(), y, dice)]
+    twice[2][N:] = 2  # no class
+    with torch.no_grad():
+        cond, none = net(x[:2], torch.tensor([1, 2])).flatten(1).log_softmax(1)  # (K,) each
+    if w == 1:
+        drawn = pixelcnn.fill_in(net, x, x.bool(), y, 1.0, dice, w)
+    else:
+        drawn = pixelcnn.fill_in(net, *twice[:3], 1.0, twice[3], w)[:N]
+    found = torch.bincount(drawn.flatten(), minlength=3) / N
+    want = ((1 - w) * none + w * cond).softmax(0)
+    assert (found - want).abs().max() < 4 * (0.25 / N) ** 0.5
+    assert (cond.exp() - none.exp()).abs().max() > 0.04  # three times the tolerance
+
+
 def test_temperature():
     """Near zero the likeliest level is drawn; 1 follows the softmax."""
     out = torch.tensor([[0.0, 2.0, 1.0]]).repeat(4000, 1)
