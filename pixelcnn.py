@@ -59,7 +59,7 @@ from tqdm import tqdm
 
 SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
     "small": dict(  # a laptop
-        width=32, dilations=[1, 2, 4, 1, 2, 4, 1], hidden=64, steps=3600, batch_size=16, lr=4e-3,
+        width=32, dilations=[1, 2, 4, 1, 2, 4, 1], hidden=64, steps=3600, batch_size=16, lr=6e-3,
         warmup=50, beta2=0.95, ema=0.99, guidance=2.0, num=100, every=500),
     "base": dict(  # a GPU: MNIST with 256 levels
         width=96, dilations=[1, 2, 4, 1, 2, 4, 1, 2, 4, 1], hidden=256, steps=60_000,
@@ -279,8 +279,11 @@ class Pixels(nn.Module):
         self.K, self.C, self.logistic = K, C, likelihood == "logistic"
         outputs = (2 + C) * mixtures if self.logistic else K
         self.embed = nn.ModuleList(nn.Embedding(K, self.E) for _ in range(C))
-        # what is usual at each place, for v and for h: digits are centred, so it helps
-        self.place = nn.Parameter(torch.zeros(2, H, W, D))
+        # what is usual at each place, of all images and of each class, since digits are centred:
+        # added to v, to h, and to what the head gets
+        self.place = nn.Parameter(torch.zeros(3, H, W, D))
+        self.typical = nn.Embedding(classes + 1, 3 * H * W * D)
+        nn.init.zeros_(self.typical.weight)
         self.hidden = nn.Linear(D, hidden)
         self.earlier = nn.ModuleList(nn.Embedding(K, hidden)
                                      for _ in range(0 if self.logistic else C - 1))
@@ -289,6 +292,10 @@ class Pixels(nn.Module):
     def vectors(self, x):
         """Levels (B, C, H, W) -> (B, H, W, C E)."""
         return torch.cat([e(x[:, c]) for c, e in enumerate(self.embed)], -1)
+
+    def places(self, y):
+        """What is usual (3, B, H, W, D), for classes y (B,)."""
+        return self.place[:, None] + self.typical(y).view(-1, *self.place.shape).transpose(0, 1)
 
     def head(self, h, x, c):
         """Logits of channel c (B, ..., K), from h (B, ..., D) and levels x (B, C, ...)."""
@@ -321,12 +328,13 @@ class Gated(Pixels):
         self.blocks = nn.ModuleList(Block(D, classes, d) for d in dilations)
 
     def trunk(self, e, y):
+        place = self.places(y)
         v = self.above(e)  # (B, H, W, D)
-        h = self.across(torch.cat([left(e, 1), left(e, 2), left(e, 3), v], -1)) + self.place[1]
-        v = v + self.place[0]
+        h = self.across(torch.cat([left(e, 1), left(e, 2), left(e, 3), v], -1)) + place[1]
+        v = v + place[0]
         for block in self.blocks:
             v, h = block(v, h, y)
-        return h  # (B, H, W, D)
+        return h + place[2]  # (B, H, W, D)
 
 
 class Plain(Pixels):
@@ -340,10 +348,11 @@ class Plain(Pixels):
         self.label = nn.ModuleList(nn.Embedding(classes + 1, D) for _ in dilations)
 
     def trunk(self, e, y):
-        h = self.first(e.permute(0, 3, 1, 2)) + self.place[1].permute(2, 0, 1)  # (B, D, H, W)
+        _, place, last = self.places(y).permute(0, 1, 4, 2, 3)
+        h = self.first(e.permute(0, 3, 1, 2)) + place  # (B, D, H, W)
         for conv, label in zip(self.blocks, self.label):
             h = h + F.relu(conv(F.relu(h)) + label(y)[:, :, None, None])
-        return h.permute(0, 2, 3, 1)  # (B, H, W, D)
+        return (h + last).permute(0, 2, 3, 1)  # (B, H, W, D)
 
 
 # ---- 4. The loss (slide Autoregressive Models: "maximizing likelihood of training data") ---------
@@ -420,11 +429,12 @@ def fill_in(model, x, known, y, temperature, uniform, w=1.0, watch=None):
     B, _, H, W = x.shape
     zeros, D = model.place.new_zeros, model.place.shape[-1]
     labels = [block.label(y)[:, None, None].chunk(2, -1) for block in model.blocks]
+    place = model.places(y)
     e = zeros(B, H + 3, W + 3, model.C * model.E)  # 3 rows above, 3 pixels to the left
     kept = [zeros(B, block.above.top + H, W, D) for block in model.blocks]
     for i in range(H):
         first = model.above.row(e[:, i:i + 4, 3:])  # (B, 1, W, D)
-        v, ups = first + model.place[0, i], []
+        v, ups = first + place[0, :, i:i + 1], []
         for block, past, (for_v, _) in zip(model.blocks, kept, labels):
             past[:, block.above.top + i] = v[:, 0]
             up = F.glu(block.above.row(past[:, i:i + block.above.top + 1]) + for_v, -1)
@@ -433,10 +443,11 @@ def fill_in(model, x, known, y, temperature, uniform, w=1.0, watch=None):
         hs = [zeros(B, W + block.dilation, D) for block in model.blocks]
         for j in range(W):
             near = [e[:, i + 3, j + 3 - k] for k in (1, 2, 3)]
-            h = model.across(torch.cat([*near, first[:, 0, j]], -1)) + model.place[1, i, j]
+            h = model.across(torch.cat([*near, first[:, 0, j]], -1)) + place[1, :, i, j]
             for block, row, up, (_, for_h) in zip(model.blocks, hs, ups, labels):
                 row[:, j + block.dilation] = h
                 h = block.horizontal(h, row[:, j], up[:, j], for_h[:, 0, 0])
+            h = h + place[2, :, i, j]
             fill(model, h, x, known, i, j, temperature, uniform, w)
             e[:, i + 3, j + 3] = model.vectors(x[:, :, i:i + 1, j:j + 1])[:, 0, 0]
         if watch:
@@ -448,7 +459,7 @@ def fill_in_plain(model, x, known, y, temperature, uniform, w=1.0, watch=None):
     """fill_in for the plain network: of each layer only the new pixel, from a 5 x 5 window."""
     x = torch.where(known, x, 0)
     B, _, H, W = x.shape
-    convs = [model.first, *model.blocks]
+    convs, place = [model.first, *model.blocks], model.places(y)
     kept = [model.place.new_zeros(B, conv.in_channels, H + 4, W + 4) for conv in convs]
     for i in range(H):
         for j in range(W):
@@ -458,7 +469,8 @@ def fill_in_plain(model, x, known, y, temperature, uniform, w=1.0, watch=None):
                     past[:, :, i + 2, j + 2] = F.relu(h)
                 out = F.conv2d(past[:, :, i:i + 5, j:j + 5], conv.weight * conv.keep, conv.bias)
                 out = out[:, :, 0, 0]  # (B, D)
-                h = h + F.relu(out + model.label[n - 1](y)) if n else out + model.place[1, i, j]
+                h = h + F.relu(out + model.label[n - 1](y)) if n else out + place[1, :, i, j]
+            h = h + place[2, :, i, j]
             fill(model, h, x, known, i, j, temperature, uniform, w)
             kept[0][:, :, i + 2, j + 2] = model.vectors(x[:, :, i:i + 1, j:j + 1])[:, 0, 0]
         if watch:
