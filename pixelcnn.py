@@ -61,7 +61,7 @@ from tqdm import tqdm
 SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
     "small": dict(  # a laptop
         width=32, dilations=[1, 2, 4, 1, 2, 4, 1], hidden=64, steps=3600, batch_size=16, lr=6e-3,
-        warmup=50, beta2=0.95, ema=0.99, guidance=2.0, num=100, every=500),
+        warmup=50, beta2=0.95, ema=0.99, guidance=1.5, num=100, every=500),
     "base": dict(  # a GPU: MNIST with 256 levels
         width=96, dilations=[1, 2, 4, 1, 2, 4, 1, 2, 4, 1], hidden=256, steps=60_000,
         batch_size=128, lr=1e-3, warmup=500, beta2=0.95, ema=0.9995, guidance=1.5, num=100,
@@ -281,9 +281,11 @@ class Pixels(nn.Module):
         outputs = (2 + C) * mixtures if self.logistic else K
         self.embed = nn.ModuleList(nn.Embedding(K, self.E) for _ in range(C))
         # what is usual at each place, of all images and of each class, since digits are centred:
-        # added to v, to h, and to what the head gets
+        # added to v, to h, and to what the head gets. That of a class is coarse, one vector for
+        # 4 x 4 pixels: finer ones overfit, and guidance enlarges it to grey specks
         self.place = nn.Parameter(torch.zeros(3, H, W, D))
-        self.typical = nn.Embedding(classes + 1, 3 * H * W * D)
+        self.coarse = (3 * D, -(-H // 4), -(-W // 4))
+        self.typical = nn.Embedding(classes + 1, math.prod(self.coarse))
         nn.init.zeros_(self.typical.weight)
         self.hidden = nn.Linear(D, hidden)
         self.earlier = nn.ModuleList(nn.Embedding(K, hidden)
@@ -296,7 +298,9 @@ class Pixels(nn.Module):
 
     def places(self, y):
         """What is usual (3, B, H, W, D), for classes y (B,)."""
-        return self.place[:, None] + self.typical(y).view(-1, *self.place.shape).transpose(0, 1)
+        _, H, W, D = self.place.shape
+        t = F.interpolate(self.typical(y).view(-1, *self.coarse), (H, W), mode="bilinear")
+        return self.place[:, None] + t.view(-1, 3, D, H, W).permute(1, 0, 3, 4, 2)
 
     def head(self, h, x, c):
         """Logits of channel c (B, ..., K), from h (B, ..., D) and levels x (B, C, ...)."""
