@@ -20,9 +20,10 @@ Run        python pixelcnn.py --train                             digits, 256 le
            python pixelcnn.py --sample --num 100 --save x.npz     from your model
            python pixelcnn.py --bpd --complete --score --classify what a density is good for
            python pixelcnn.py --train --arch plain --out out/plain     the slide's convolutions
-Expect     digits, 256 levels, --steps 13000: 20 minutes on 2 CPU cores, 0.860 bits/dim on the test
-           set (a histogram for each pixel: 1.69). The default, 3,600 steps, about 6 minutes: its
-           bits/dim, how many samples fid.py reads rightly: to be measured.
+Expect     digits, 256 levels, 7 minutes on 2 CPU cores: 0.873 bits/dim on the test set (a histogram
+           for each pixel: 1.69); fid.py reads 97 of 100 samples as the class asked for. The
+           enclosed model, --steps 12000, 20 minutes: 0.852 bits/dim, 98 of 100; as a classifier,
+           by Bayes' rule, it reads 94 of 100 test digits.
            GPU: not measured yet. In out/pixelcnn/: model.pt, samples (.png, .npz),
            trajectory (an animation), loss (.png, .csv), step_000500.png and so on; and by verb
            complete, score, classify, receptive_field (.png).
@@ -374,8 +375,8 @@ def loss(model, x, y):
 def draw(out, temperature, uniform):
     """Levels (B,) from logits (B, K), by where uniform (B,) numbers fall among the summed
     probabilities."""
-    p = F.softmax(out.double() / temperature, -1).cumsum(-1)
-    return torch.searchsorted(p, (uniform[:, None] * p[:, -1:]).double()).squeeze(1).clamp(
+    p = F.softmax(out.float() / temperature, -1).cumsum(-1)
+    return torch.searchsorted(p, uniform[:, None] * p[:, -1:]).squeeze(1).clamp(
         max=out.shape[1] - 1)
 
 
@@ -662,12 +663,12 @@ def test_images(args, num=None):
 
 @torch.no_grad()
 def log_probs(args, model, x, y):
-    """log p(x | y) in nats (N,), in batches."""
+    """log p(x | y) in nats (N,), in batches; float64 on the CPU, since mps has none."""
     found = []
     for a, b in zip(x.split(100), y.split(100)):
         with autocast(args):
             found.append(model.log_prob(a, b))
-    return torch.cat(found)
+    return torch.cat(found).cpu().double()
 
 
 def test_set_bits(args, model):
@@ -678,10 +679,10 @@ def test_set_bits(args, model):
     for part in load_data(args, "train")[0].split(5000):
         counts += torch.bincount((to_levels(part, K).flatten(1) + K * torch.arange(
             D, device=x.device)).flatten(), minlength=D * K)
-    table = counts.view(D, K).double()
+    table = counts.view(D, K).cpu().double()
     table = (table / table.sum(1, keepdim=True)).log().T  # (K, D)
-    histogram = -table.gather(0, x.flatten(1)).sum(1).mean()
-    nats = -log_probs(args, model, x, y).double().mean()
+    histogram = -table.gather(0, x.flatten(1).cpu()).sum(1).mean()
+    nats = -log_probs(args, model, x, y).mean()
     for name, value in (("uniform", D * math.log(K)), ("histogram of each pixel", histogram),
                         (f"{NAME}.py", nats)):
         say(f"{name:26}{float(value) / D / math.log(2):8.4f} bits/dim {float(value):10.1f} nats")
@@ -720,10 +721,10 @@ def log_joint(args, model, x):
     """log p(x | y) + log p(y) of every class (N, classes), all classes equally likely; without
     classes log p(x) (N, 1)."""
     if not args.classes:
-        return log_probs(args, model, x, torch.zeros_like(x[:, 0, 0, 0]))[:, None].double()
+        return log_probs(args, model, x, torch.zeros_like(x[:, 0, 0, 0]))[:, None]
     found = [log_probs(args, model, x, torch.full_like(x[:, 0, 0, 0], c))
              for c in tqdm(range(args.classes), desc="classes", leave=False, disable=None)]
-    return torch.stack(found, 1).double() - math.log(args.classes)
+    return torch.stack(found, 1) - math.log(args.classes)
 
 
 def classify(args, model):
@@ -734,7 +735,7 @@ def classify(args, model):
     x, y = test_images(args, 1000)
     posterior = log_joint(args, model, x).softmax(1)  # (N, classes)
     sure, read = posterior.max(1)
-    right = (read == y).double().mean()
+    right = (read == y.cpu()).double().mean()
     say(f"p(y | x) by Bayes' rule: {float(right):.3f} of {len(x):,} test images read rightly")
     order = sure.argsort(descending=True)
     rows = []
@@ -768,7 +769,7 @@ def score(args, model):
     sets["constant"] = greys.view(5, 1, 1, 1).expand(-1, *args.shape)
     scale, curves, rows = x[0].numel() * math.log(2), {}, []
     for name, images in sets.items():
-        bits = -log_joint(args, model, images).logsumexp(1).cpu().numpy() / scale
+        bits = -log_joint(args, model, images).logsumexp(1).numpy() / scale
         say(f"{name:18} bits/dim: mean {bits.mean():7.3f}, least {bits.min():7.3f}, most "
             f"{bits.max():7.3f}")
         count, edges = np.histogram(np.log10(np.maximum(bits, 1e-3)), 40, (-2.5, 1.5))

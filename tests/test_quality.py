@@ -1,6 +1,7 @@
 """The enclosed checkpoints draw what the README says; judged by nearest neighbours in pixels, and by
 the enclosed classifier."""
 
+import math
 import re
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 import ddpm
 import fid
+import pixelcnn
 
 ROOT = Path(ddpm.__file__).parent
 
@@ -86,3 +88,47 @@ def read_by_classifier(images, labels):
 def test_classifier_agrees_on_diffusion_samples(drawn):
     """The enclosed classifier reads ddpm.py's samples as the README's table says, within chance."""
     assert read_by_classifier(drawn[0], drawn[1]) >= 0.98
+
+
+@pytest.fixture(scope="module")
+def density():
+    """pretrained/pixelcnn.pt, ready to use."""
+    ckpt = pixelcnn.read_checkpoint(ROOT / "pretrained/pixelcnn.pt")
+    args = pixelcnn.parse_args(["--sample", "--device", "cpu"], ckpt["config"])
+    pixelcnn.use_device(args)
+    model = pixelcnn.make_model(args).eval()
+    pixelcnn.load_state(model, ckpt, "ema")
+    return args, model, ckpt
+
+
+def test_pixelcnn_digits_are_of_the_class_asked_for(density):
+    """300 samples at the default guidance, as the README's table says, within chance."""
+    args, model, _ = density
+    labels = pixelcnn.class_labels(args, 300)
+    assert read_by_classifier(pixelcnn.draw_images(args, model, labels), labels) >= 0.93
+
+
+def test_pixelcnn_bits(density):
+    """The first 1,000 test digits cost what the README says of them, and less than 0.90 bits/dim."""
+    args, model, _ = density
+    x, y = pixelcnn.test_images(args, 1000)
+    bits = float(-pixelcnn.log_probs(args, model, x, y).double().mean()) / 784 / math.log(2)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = float(re.search(r"([\d.]+) bits/dim on the first 1,000 test digits", readme)[1])
+    assert bits < 0.90 and bits == pytest.approx(told, abs=0.002)
+
+
+def test_pixelcnn_reads_digits_by_bayes_rule(density):
+    """Of 200 test digits, by p(y | x); the README says how many of 1,000."""
+    args, model, _ = density
+    x, y = pixelcnn.test_images(args, 200)
+    assert (pixelcnn.log_joint(args, model, x).argmax(1) == y).float().mean() >= 0.89
+
+
+def test_readme_tells_the_pixelcnn_checkpoint(density):
+    ckpt = density[2]
+    count = sum(v.numel() for v in ckpt["ema"].values())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{count:,} parameters" in readme and f"{ckpt['step']:,} steps" in readme
+    assert re.search(rf"pixelcnn.py --train --steps {ckpt['step']}\b.*--export pretrained/pixelcnn.pt",
+                     readme)
