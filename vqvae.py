@@ -9,7 +9,7 @@ Equations  nearest      k = argmin_j |z - e_j|^2
            loss         |x - decode(z_q)|^2 + beta |z - stop(e_k)|^2
            codebook     e_k = running mean of the z that chose it  (or: + |stop(z) - e_k|^2)
            prior        p(codes | y) = prod_i p(code_i | codes before, y)
-           bound        - log p(x) <= - log p(codes | y) - log p(x | codes)
+           bound        - log p(x | y) <= - log p(codes | y) - log p(x | codes)
 Notation   x            x        (B, C, H, W)   image in [-1, 1]
            z, z_q       z, q     (B, h, w, D)   before and after the codebook; h = H/4, w = W/4
            k            codes    (B, h, w)      whole numbers 0..K-1
@@ -29,9 +29,10 @@ Expect     digits, 5 to 6 minutes on 2 CPU cores for both stages: squared error 
            by --reconstruct reconstruction, codebook, usage, codes, interpolation (.png).
 Left out   levels of codes above one another (VQ-VAE-2), losses that make images sharp (VQGAN's
            perceptual and adversarial ones), an arithmetic coder that would reach the ideal size
-Try        1. --codebook ema, loss, fsq: usage and error of the three at equal K.
-           2. --codebook-size 16, 64, 512: error falls, the prior's work grows. Where is FD best?
-           3. --beta 0, 0.25, 4: what happens to the commitment when nothing holds z?
+Try        1. --codebook ema, loss (with --codebook-size 240) and fsq: usage and error at equal K.
+           2. --codebook-size 16, 64, 512: error falls, the prior's work grows. Where does fid.py
+              find samples best?
+           3. --beta 0, 0.25, 4: what becomes of the squared error when nothing holds z?
 Papers     van den Oord et al. 2017, Neural Discrete Representation Learning; Razavi et al. 2019,
            VQ-VAE-2; Mentzer et al. 2023, Finite Scalar Quantization; Vaswani et al. 2017, Attention
            Is All You Need; Ho & Salimans 2022, Classifier-Free Diffusion Guidance
@@ -69,7 +70,7 @@ SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
         steps=50_000, batch_size=256, lr=5e-4, prior_width=512, prior_layers=12,
         prior_steps=50_000, prior_batch=256, prior_lr=3e-4, warmup=500, guidance=1.5, num=100,
         every=5000),
-    "paper": dict(  # van den Oord et al. on CIFAR-10: 32 x 32 to 8 x 8, 4.67 bits/dim
+    "paper": dict(  # as van den Oord et al. on CIFAR-10, whose 8 x 8 x 10 codes give 4.67 bits/dim
         width=256, code_dim=64, codebook_size=512, fsq_levels=[8, 8, 8], blocks=2, steps=250_000,
         batch_size=128, lr=2e-4, prior_width=512, prior_layers=15, prior_steps=100_000,
         prior_batch=128, prior_lr=3e-4, warmup=500, guidance=1.0, num=100, every=10_000),
@@ -156,7 +157,7 @@ CHUNK = 2**20  # distances held at a time, so that a large codebook needs no lar
 def nearest_code(z, vectors):
     """Index (N,) of the nearest of vectors (K, D) to each of z (N, D), by squared distance
     |z - e|^2 = |z|^2 - 2 z e + |e|^2, of which |z|^2 is the same for all e. At most CHUNK
-    distances, or one row of K, are held at a time; in float32, for near ties."""
+    distances, or one row of K, are held at a time; not in bf16, for near ties."""
     half = vectors.square().sum(1) / 2  # (K,)
     with torch.autocast(z.device.type, enabled=False):
         return torch.cat([torch.addmm(half, part, vectors.T, alpha=-1).argmin(1)  # (n, K) -> (n,)
@@ -208,7 +209,7 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def follow(self, flat, k):
         """One step of the running means, then dead codes begin anew. flat (N, D), k (N,)."""
-        count = torch.bincount(k, minlength=self.K).float()
+        count = torch.zeros_like(self.count).index_add_(0, k, torch.ones_like(flat[:, 0]))
         total = torch.zeros_like(self.total).index_add_(0, k, flat)
         if WORLD > 1:
             dist.all_reduce(count)
@@ -217,7 +218,8 @@ class Codebook(nn.Module):
         self.total.lerp_(total, 1 - self.decay)
         if not self.by_gradient:  # an unused code has count and total shrink alike: it stays
             self.vectors.copy_(self.total / self.count[:, None])
-        dead = self.count < 0.03 * len(flat) * WORLD / self.K  # chosen 30 times less than its share
+        fair = len(flat) * WORLD / self.K
+        dead = self.count < min(0.5, 0.03 * fair)  # for long chosen 30 times less than its share
         self.replace(dead, flat)
 
     @torch.no_grad()
@@ -311,7 +313,7 @@ class Autoencoder(nn.Module):
         """z_q (B, h, w, D) -> image, centre and log scale (B, C, H, W) each."""
         features = self.decoder(q.permute(0, 3, 1, 2))  # (B, D/2, H/2, W/2)
         image = self.image(features).float()
-        # the density only watches: it must not change what the image looks like
+        # its gradient stops here: the density is not to change what the image looks like
         shift, log_scale = self.density(features.detach()).float().chunk(2, 1)
         return image, image.detach() + shift, log_scale - 3
 
@@ -406,8 +408,8 @@ def sample_codes(prior, y, uniform, temperature=1.0, w=1.0):
     for i in range(uniform.shape[1]):
         logits = prior(codes, y)[:, -1].float()  # (B, K)
         if w != 1:
-            other = prior(codes, none)[:, -1].float().log_softmax(-1)
-            logits = other + w * (logits.log_softmax(-1) - other)
+            other = prior(codes, none)[:, -1].float()
+            logits = other + w * (logits - other)
         codes = torch.cat([codes, draw(logits, temperature, uniform[:, i])[:, None]], 1)
     return codes
 
@@ -457,11 +459,14 @@ class CodesStage(nn.Module):
         """What to minimise, and the squared error."""
         image, centre, log_scale, codes, extra = self.net(x)
         error = F.mse_loss(image, x)
-        self.used += torch.bincount(codes.flatten(), minlength=len(self.used))
+        k = codes.flatten()
+        self.used.index_add_(0, k, torch.ones_like(k))
         return error + extra - log_bin(x, centre, log_scale, 256).mean(), error
 
     def text(self):
-        used = self.before if self.before.any() else self.used
+        used = (self.before if self.before.any() else self.used).clone()
+        if WORLD > 1:
+            dist.all_reduce(used)
         return f", {(used > 0).sum()} of {len(used)} codes used, perplexity {perplexity(used):.0f}"
 
     def picture(self):
@@ -583,14 +588,15 @@ def train(args, ckpt=None):
             "for 4 x 4 pixels: height and width must be multiples of 4")
     torch.manual_seed(args.seed)
     model = Model(args).to(args.device).eval()
-    state = ckpt or dict(file=NAME, config={k: getattr(args, k) for k in CONFIG}, part="", step=0,
-                         history={})
+    state = ckpt or dict(file=NAME, part="", step=0, history={})
+    state["config"] = {k: getattr(args, k) for k in CONFIG}
     if ckpt:
         load_state(model, ckpt, "model")
     elif args.codebook != "fsq":  # the codebook starts from vectors of the data
-        with torch.no_grad(), autocast(args):
-            model.autoencoder.codebook.begin(model.autoencoder.encode(to_float(images[:1000])))
-    if (state["part"], state["step"]) == ("prior", args.prior_steps):
+        some = images[torch.randperm(len(images))[:1000].to(args.device)]
+        with torch.no_grad():
+            model.autoencoder.codebook.begin(model.autoencoder.encode(to_float(some)))
+    if state["part"] == "prior" and state["step"] >= args.prior_steps:
         die(f"--resume: all {args.prior_steps} steps are done; ask for more with --prior-steps")
     say(f"{len(images):,} of {args.data}, shape {args.shape}, {args.classes} classes")
     if state["part"] != "prior" and not fit(args, model, CodesStage(args, model, images), state):
@@ -610,12 +616,10 @@ def class_labels(args, num):
 
 @torch.no_grad()
 def codes_of(args, model, images):
-    """Codes (N, h, w) of images (N, C, H, W) uint8."""
+    """Codes (N, h, w) of images (N, C, H, W) uint8; in float32, unlike training."""
     found = []
     for part in images.split(500):
-        with autocast(args):
-            z = model.autoencoder.encode(to_float(part))
-        found.append(model.autoencoder.codebook(z)[1])
+        found.append(model.autoencoder.codebook(model.autoencoder.encode(to_float(part)))[1])
     return torch.cat(found)
 
 
@@ -624,8 +628,7 @@ def decoded(args, model, codes):
     """What the decoder says of codes (N, h, w): images, centres, log scales (N, C, H, W)."""
     found = []
     for part in codes.split(500):
-        with autocast(args):
-            found.append(model.autoencoder.decode(model.autoencoder.codebook.lookup(part)))
+        found.append(model.autoencoder.decode(model.autoencoder.codebook.lookup(part)))
     return [torch.cat(f) for f in zip(*found)]
 
 
@@ -663,7 +666,7 @@ def test_set(args, num=None):
     check_shape(args, args.data, images)
     if labels is None or not args.classes:
         labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
-    return images[:num], labels[:num]
+    return images[:num], labels[:num].clamp(max=args.classes)  # a class never seen counts as none
 
 
 def check_shape(args, name, images):
@@ -683,9 +686,9 @@ def bits_of(args, model, codes, labels):
 
 
 def bound(args, model):
-    """Over the test set: squared error, usage of the codes, and an upper bound on bits/dim. p(x) is
-    a sum over all grids of codes; the one that the encoder chooses is a single term of it, so
-    -log p(x) <= -log p(codes | y) - log p(x | codes)."""
+    """Over the test set: squared error, usage of the codes, and an upper bound on bits/dim, given
+    the class. p(x | y) is a sum over all grids of codes; the one that the encoder chooses is a
+    single term of it, so -log p(x | y) <= -log p(codes | y) - log p(x | codes)."""
     images, labels = test_set(args)
     codes = codes_of(args, model, images)
     used = torch.bincount(codes.flatten(), minlength=model.K)
@@ -702,7 +705,8 @@ def bound(args, model):
 
 def pairs(args, autoencoder, images):
     """A picture: rows of 16 images, and below each row the same from their codes."""
-    with torch.no_grad(), autocast(args):
+    images = images[:max(16, len(images) // 16 * 16)]  # full rows
+    with torch.no_grad():
         back = autoencoder(to_float(images))[0]
     both = torch.stack([images.cpu(), to_uint8(back).cpu()], 1)  # (N, 2, C, H, W)
     rows = [part.transpose(0, 1).flatten(0, 1) for part in both.split(16)]
@@ -724,19 +728,21 @@ def reconstruct(args, model):
     i, j = h // 2 * 4 - 4, w // 2 * 4 - 4
     x = to_uint8(decoded(args, model, alone)[0])[:, :, max(0, i):i + 12, max(0, j):j + 12]
     save_png(args.out / "codebook.png", grid(x, 24)[None])
-    share = used[order].cpu().double() / int(used.sum())
+    part = used[order].cpu().double() / int(used.sum())
+    rank = range(1, int((part > 0).sum()) + 1)  # of those that are used
     save_png(args.out / "usage.png", plot(
-        {"share": (range(1, model.K + 1), share.numpy()),
-         "if all were equal": (range(1, model.K + 1), [1 / model.K] * model.K)},
+        {"share": (rank, part[:len(rank)].numpy()),
+         "if all were equal": (rank, [1 / model.K] * len(rank))},
         "codes, most used first", log=True)[None])
-    save_png(args.out / "codes.png", numbers(images[:8].cpu(), codes[:8].cpu())[None])
+    save_png(args.out / "codes.png", numbers(images[:8].cpu(), codes[:8].cpu(), model.K)[None])
     # between two images: of their pixels, of z, and of z quantised
     rows, t = [], torch.linspace(0, 1, 9, device=images.device).view(-1, 1, 1, 1)
     for a, b in images[torch.arange(6) % len(images)].view(3, 2, *args.shape):
-        with torch.no_grad(), autocast(args):
+        with torch.no_grad():
             za, zb = model.autoencoder.encode(to_float(torch.stack([a, b])))
             z = (1 - t) * za + t * zb  # (9, h, w, D)
             q = model.autoencoder.codebook(z)[0]
+            z = z.tanh() if args.codebook == "fsq" else z  # as the decoder knows it
             plain, quantised = (model.autoencoder.decode(v)[0] for v in (z, q))
         rows += [(1 - t) * to_float(a) + t * to_float(b), plain, quantised]
     save_png(args.out / "interpolation.png", stack([
@@ -745,17 +751,17 @@ def reconstruct(args, model):
     say(f"pictures in {args.out}: reconstruction, codebook, usage, codes, interpolation")
 
 
-def numbers(images, codes, cell=32):
+def numbers(images, codes, K):
     """Images (N, C, H, W) and, beside each, its codes (N, h, w) as numbers: a picture."""
-    N, h, w = codes.shape
-    tiles = []
+    (_, h, w), digits, tiles = codes.shape, len(str(K - 1)), []
+    cell = 8 * digits + 8
     for image, code in zip(images, codes):
         k = max(1, h * cell // image.shape[1])
         left = grid(image[None], 1, k * image.shape[2])
         right = np.full((max(h * cell, left.shape[0]), w * cell, 3), 255, np.uint8)
         for i in range(h):
             for j in range(w):
-                draw_text(right[:, :(j + 1) * cell], f"{code[i, j]:3}", j * cell + 4,
+                draw_text(right[:, :(j + 1) * cell], f"{code[i, j]:{digits}}", j * cell + 4,
                           i * cell + cell // 2 - 5)
         left = np.pad(left, ((0, len(right) - len(left)), (0, 8), (0, 0)), constant_values=255)
         tiles.append(np.concatenate([left, right], 1))

@@ -372,6 +372,23 @@ def test_resumes_to_the_bit(own, trained, checkpoint):
     assert (own / "out/vqvae/loss.csv").read_text() == (own / f"b{checkpoint}/loss.csv").read_text()
 
 
+def test_resume_keeps_new_flags(own, trained):
+    """More steps asked for at --resume are in the checkpoint, for the resume after that."""
+    folder = own / "longer"
+    run(*SMALL, "--data", own / "own.npz", "--out", folder, cwd=own)
+    run("--train", "--resume", "--prior-steps", 6, "--out", folder, "--device", "cpu", cwd=own)
+    ckpt = torch.load(folder / "model.pt", weights_only=True)
+    assert (ckpt["step"], ckpt["config"]["prior_steps"]) == (6, 6)
+
+
+@pytest.mark.parametrize("n", [1, 15, 20, 33])
+def test_pairs_of_any_number(n):
+    """A picture comes of any number of images."""
+    args, net = model()
+    images = torch.randint(256, (n, 1, 8, 12), dtype=torch.uint8)
+    assert vqvae.pairs(args, net.autoencoder, images).ndim == 3
+
+
 @pytest.mark.parametrize("kind", ["loss", "fsq"])
 def test_the_other_codebooks_train(own, kind):
     text = run(*SMALL, "--data", own / "own.npz", "--codebook", kind, "--fsq-levels", "3", "2",
