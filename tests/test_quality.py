@@ -12,6 +12,7 @@ import torch
 import ddpm
 import fid
 import pixelcnn
+import vqvae
 
 ROOT = Path(ddpm.__file__).parent
 
@@ -132,3 +133,45 @@ def test_readme_tells_the_pixelcnn_checkpoint(density):
     assert f"{count:,} parameters" in readme and f"{ckpt['step']:,} steps" in readme
     assert re.search(rf"pixelcnn.py --train --steps {ckpt['step']}\b.*--export pretrained/pixelcnn.pt",
                      readme)
+
+
+@pytest.fixture(scope="module")
+def codes():
+    """pretrained/vqvae.pt, ready to use."""
+    ckpt = vqvae.read_checkpoint(ROOT / "pretrained/vqvae.pt")
+    args = vqvae.parse_args(["--sample", "--device", "cpu"], ckpt["config"])
+    vqvae.use_device(args)
+    model = vqvae.Model(args).eval()
+    vqvae.load_state(model, ckpt, "model")
+    return args, model, ckpt
+
+
+def test_vqvae_reconstructions(codes):
+    """2,000 test digits through their codes: near, read as before, and nearly all codes in use."""
+    args, model, _ = codes
+    images, _ = vqvae.test_set(args, 2000)
+    found = vqvae.codes_of(args, model, images)
+    back = vqvae.decoded(args, model, found)[0]
+    assert (back - vqvae.to_float(images)).square().mean() < 0.02
+    assert len(found.unique()) >= 0.8 * model.K
+    judge = fid.parse_args(["--device", "cpu"])
+    fid.use_device(judge)
+    f, _, _ = fid.extractor(judge, fid.read_checkpoint(ROOT / "pretrained/fid.pt"))
+    read = [f(x)[1].argmax(1) for x in (images, vqvae.to_uint8(back))]
+    assert (read[0] == read[1]).float().mean() >= 0.98
+
+
+def test_vqvae_digits_are_of_the_class_asked_for(codes):
+    """300 samples at the default guidance, as the README's table says, within chance."""
+    args, model, _ = codes
+    labels = vqvae.class_labels(args, 300)
+    assert read_by_classifier(vqvae.new_images(args, model, labels), labels) >= 0.95
+
+
+def test_readme_tells_the_vqvae_checkpoint(codes):
+    args, model, ckpt = codes
+    count = sum(p.numel() for p in model.parameters())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{count:,} parameters" in readme and ckpt["step"] == args.prior_steps
+    assert re.search(rf"vqvae.py --train --steps {args.steps} --prior-steps {args.prior_steps}\b"
+                     ".*--export pretrained/vqvae.pt", readme)
