@@ -373,7 +373,7 @@ def loss(model, x, y):
 
 
 def draw(out, temperature, uniform):
-    """Levels (B,) from logits (B, K), by where uniform (B,) numbers fall among the summed
+    """Numbers 0..K-1 (B,) from logits (B, K), by where uniform (B,) falls among the summed
     probabilities."""
     p = F.softmax(out.float() / temperature, -1).cumsum(-1)
     return torch.searchsorted(p, uniform[:, None] * p[:, -1:]).squeeze(1).clamp(

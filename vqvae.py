@@ -16,6 +16,7 @@ Notation   x            x        (B, C, H, W)   image in [-1, 1]
            e            vectors  (K, D)         the codebook
            y            y        (B,)           class, for p(codes | y); `classes` for none
            beta         beta                    how strongly z is held to its code
+                        D                       length of a code's vector; of a network, its width
 Run        python vqvae.py --train                              both stages, then samples
            python vqvae.py --sample --num 100 --save x.npz      from your model
            python vqvae.py --reconstruct --bpd                  pictures of the codes; bits/dim
@@ -277,7 +278,7 @@ class Rounding(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + convolutions of x, as in the paper: 3 x 3, then 1 x 1."""
+    """x + convolutions of x (B, D, h, w), as in the paper: 3 x 3, then 1 x 1."""
 
     def __init__(self, D):
         super().__init__()
@@ -324,7 +325,7 @@ class Autoencoder(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """Self-attention in which no position sees a later one."""
+    """Self-attention of x (B, L, D) in which no position sees a later one; heads of 32 numbers."""
 
     def __init__(self, D):
         super().__init__()
@@ -414,9 +415,8 @@ def sample_codes(prior, y, uniform, temperature=1.0, w=1.0):
     return codes
 
 
-
 def draw(out, temperature, uniform):
-    """Levels (B,) from logits (B, K), by where uniform (B,) numbers fall among the summed
+    """Numbers 0..K-1 (B,) from logits (B, K), by where uniform (B,) falls among the summed
     probabilities."""
     p = F.softmax(out.float() / temperature, -1).cumsum(-1)
     return torch.searchsorted(p, uniform[:, None] * p[:, -1:]).squeeze(1).clamp(
@@ -470,7 +470,7 @@ class CodesStage(nn.Module):
         return f", {(used > 0).sum()} of {len(used)} codes used, perplexity {perplexity(used):.0f}"
 
     def picture(self):
-        return pairs(self.args, self.net, self.images[:32])
+        return pairs(self.net, self.images[:32])
 
 
 class PriorStage(nn.Module):
@@ -480,7 +480,8 @@ class PriorStage(nn.Module):
 
     def __init__(self, args, model, codes, labels):
         super().__init__()
-        self.net, self.args, self.model = model.prior, args, (model,)
+        self.net, self.args = model.prior, args
+        self.model = (model,)  # a tuple, so that the first stage's weights do not count as its own
         self.codes, self.labels = codes, labels
         self.steps, self.batch_size, self.lr = args.prior_steps, args.prior_batch, args.prior_lr
 
@@ -504,8 +505,8 @@ class PriorStage(nn.Module):
 
 
 def fit(args, model, stage, state):
-    """Trains one stage; checkpoints and pictures on the way, from state, a checkpoint, on. False:
-    stopped by Ctrl-C."""
+    """Trains one stage from where state, a checkpoint, stands; writes it and pictures on the way.
+    False: stopped by Ctrl-C."""
     weights = [p for p in stage.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(weights, stage.lr, (0.9, 0.95), weight_decay=0.0,
                             fused="cuda" in args.device)
@@ -601,7 +602,7 @@ def train(args, ckpt=None):
     say(f"{len(images):,} of {args.data}, shape {args.shape}, {args.classes} classes")
     if state["part"] != "prior" and not fit(args, model, CodesStage(args, model, images), state):
         sys.exit(0)
-    codes = codes_of(args, model, images)  # all of them, once
+    codes = codes_of(model, images)  # all of them, once
     fit(args, model, PriorStage(args, model, codes, labels), state)
     return model
 
@@ -615,20 +616,17 @@ def class_labels(args, num):
 
 
 @torch.no_grad()
-def codes_of(args, model, images):
+def codes_of(model, images):
     """Codes (N, h, w) of images (N, C, H, W) uint8; in float32, unlike training."""
-    found = []
-    for part in images.split(500):
-        found.append(model.autoencoder.codebook(model.autoencoder.encode(to_float(part)))[1])
-    return torch.cat(found)
+    net = model.autoencoder
+    return torch.cat([net.codebook(net.encode(to_float(part)))[1] for part in images.split(500)])
 
 
 @torch.no_grad()
-def decoded(args, model, codes):
+def decoded(model, codes):
     """What the decoder says of codes (N, h, w): images, centres, log scales (N, C, H, W)."""
-    found = []
-    for part in codes.split(500):
-        found.append(model.autoencoder.decode(model.autoencoder.codebook.lookup(part)))
+    net = model.autoencoder
+    found = [net.decode(net.codebook.lookup(part)) for part in codes.split(500)]
     return [torch.cat(f) for f in zip(*found)]
 
 
@@ -641,7 +639,7 @@ def new_images(args, model, labels):
     for y, dice in zip(*(a.to(args.device).split(500) for a in (labels, uniform))):
         with autocast(args):
             codes.append(sample_codes(model.prior, y, dice, args.temperature, w))
-    return to_uint8(decoded(args, model, torch.cat(codes).view(-1, *model.grid))[0])
+    return to_uint8(decoded(model, torch.cat(codes).view(-1, *model.grid))[0])
 
 
 def sample(args, model):
@@ -690,11 +688,11 @@ def bound(args, model):
     the class. p(x | y) is a sum over all grids of codes; the one that the encoder chooses is a
     single term of it, so -log p(x | y) <= -log p(codes | y) - log p(x | codes)."""
     images, labels = test_set(args)
-    codes = codes_of(args, model, images)
+    codes = codes_of(model, images)
     used = torch.bincount(codes.flatten(), minlength=model.K)
     error, image = 0.0, 0.0
     for part, k in zip(images.split(500), codes.split(500)):
-        x, (back, centre, log_scale) = to_float(part), decoded(args, model, k)
+        x, (back, centre, log_scale) = to_float(part), decoded(model, k)
         error += float((back - x).square().sum()) / images.numel()
         image -= float(log_bin(x, centre, log_scale, 256).sum()) / images.numel() / math.log(2)
     prior = float(bits_of(args, model, codes, labels).mean()) / images[0].numel()
@@ -703,7 +701,7 @@ def bound(args, model):
         f"at most {prior + image:.4f} bits/dim: codes {prior:.4f}, image given codes {image:.4f}")
 
 
-def pairs(args, autoencoder, images):
+def pairs(autoencoder, images):
     """A picture: rows of 16 images, and below each row the same from their codes."""
     images = images[:max(16, len(images) // 16 * 16)]  # full rows
     with torch.no_grad():
@@ -716,17 +714,16 @@ def pairs(args, autoencoder, images):
 def reconstruct(args, model):
     """Five pictures of the first stage: reconstruction, codebook, usage, codes, interpolation."""
     images, _ = test_set(args)
-    C, H, W = args.shape
     h, w = model.grid
-    codes = codes_of(args, model, images)
-    save_png(args.out / "reconstruction.png", pairs(args, model.autoencoder, images[:64])[None])
+    codes = codes_of(model, images)
+    save_png(args.out / "reconstruction.png", pairs(model.autoencoder, images[:64])[None])
     # what a code stands for: put into the middle of a black image's codes
     used = torch.bincount(codes.flatten(), minlength=model.K)
     order = used.argsort(descending=True)
-    alone = codes_of(args, model, torch.zeros_like(images[:1])).repeat(model.K, 1, 1)
+    alone = codes_of(model, torch.zeros_like(images[:1])).repeat(model.K, 1, 1)
     alone[:, h // 2, w // 2] = order
     i, j = h // 2 * 4 - 4, w // 2 * 4 - 4
-    x = to_uint8(decoded(args, model, alone)[0])[:, :, max(0, i):i + 12, max(0, j):j + 12]
+    x = to_uint8(decoded(model, alone)[0])[:, :, max(0, i):i + 12, max(0, j):j + 12]
     save_png(args.out / "codebook.png", grid(x, 24)[None])
     part = used[order].cpu().double() / int(used.sum())
     rank = range(1, int((part > 0).sum()) + 1)  # of those that are used
@@ -754,7 +751,7 @@ def reconstruct(args, model):
 def numbers(images, codes, K):
     """Images (N, C, H, W) and, beside each, its codes (N, h, w) as numbers: a picture."""
     (_, h, w), digits, tiles = codes.shape, len(str(K - 1)), []
-    cell = 8 * digits + 8
+    cell = 8 * digits + 8  # pixels for a number
     for image, code in zip(images, codes):
         k = max(1, h * cell // image.shape[1])
         left = grid(image[None], 1, k * image.shape[2])
@@ -797,7 +794,7 @@ def compress(args, model):
     """Images of an .npz file -> a file of codes; the ratio, and what an ideal coder would need."""
     images = torch.from_numpy(own_data(str(args.compress))[0].copy()).to(args.device)
     check_shape(args, args.compress, images)
-    codes = codes_of(args, model, images)
+    codes = codes_of(model, images)
     data = HEAD.pack(b"VQ1\n", len(images), *model.grid, model.K, model_digest(model))
     data += pack(codes.flatten().cpu().numpy(), model.K)
     data += struct.pack("<I", zlib.crc32(data))
@@ -824,7 +821,7 @@ def decompress(args, model):
     if (digest_, h, w, K) != (model_digest(model), *model.grid, model.K):
         die(f"{args.decompress} was written with another checkpoint")
     codes = unpack(data[HEAD.size:-4], N * h * w, K)
-    x = to_uint8(decoded(args, model, torch.from_numpy(codes).to(args.device).view(N, h, w))[0])
+    x = to_uint8(decoded(model, torch.from_numpy(codes).to(args.device).view(N, h, w))[0])
     path = args.save or args.out / "decompressed.npz"
     save_npz(path, x.permute(0, 2, 3, 1).cpu().numpy())
     say(f"{path}: {N} images")

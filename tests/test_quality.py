@@ -150,8 +150,8 @@ def test_vqvae_reconstructions(codes):
     """2,000 test digits through their codes: near, read as before, and nearly all codes in use."""
     args, model, _ = codes
     images, _ = vqvae.test_set(args, 2000)
-    found = vqvae.codes_of(args, model, images)
-    back = vqvae.decoded(args, model, found)[0]
+    found = vqvae.codes_of(model, images)
+    back = vqvae.decoded(model, found)[0]
     assert (back - vqvae.to_float(images)).square().mean() < 0.02
     assert len(found.unique()) >= 0.8 * model.K
     judge = fid.parse_args(["--device", "cpu"])

@@ -205,11 +205,11 @@ def test_codes_hold_all_that_the_decoder_gets(kind, shape):
     """decode(codes(x)) is forward(x), for images that are not square too."""
     args, net = model(shape, codebook=kind)
     images = torch.randint(256, (3, *shape), dtype=torch.uint8)
-    codes = vqvae.codes_of(args, net, images)
+    codes = vqvae.codes_of(net, images)
     assert codes.shape == (3, shape[1] // 4, shape[2] // 4)
     *want, same, _ = net.autoencoder(vqvae.to_float(images))
     assert torch.equal(codes, same) and all(a.shape == images.shape for a in want)
-    for a, b in zip(vqvae.decoded(args, net, codes), want):
+    for a, b in zip(vqvae.decoded(net, codes), want):
         assert torch.allclose(a, b, atol=1e-5)
 
 
@@ -386,7 +386,7 @@ def test_pairs_of_any_number(n):
     """A picture comes of any number of images."""
     args, net = model()
     images = torch.randint(256, (n, 1, 8, 12), dtype=torch.uint8)
-    assert vqvae.pairs(args, net.autoencoder, images).ndim == 3
+    assert vqvae.pairs(net.autoencoder, images).ndim == 3
 
 
 @pytest.mark.parametrize("kind", ["loss", "fsq"])
@@ -412,7 +412,7 @@ def test_compress_round_trip(own, trained, capsys, monkeypatch):
     net = vqvae.Model(args).eval()
     vqvae.load_state(net, ckpt, "model")
     images = torch.from_numpy(np.load("own.npz")["images"])[:, None]
-    want = vqvae.to_uint8(vqvae.decoded(args, net, vqvae.codes_of(args, net, images))[0])
+    want = vqvae.to_uint8(vqvae.decoded(net, vqvae.codes_of(net, images))[0])
     assert (back == want.permute(0, 2, 3, 1).numpy()).all()
 
 
