@@ -645,7 +645,8 @@ def sample(args, model):
         frames.append(grid(from_levels(levels[:40], args.levels), 8))
 
     draw_images(args, model, few, watch=watch)
-    save_png(args.out / "trajectory.png", np.stack(frames + frames[-1:] * 8))
+    # the whole image first: it is what viewers show that cannot play an animation
+    save_png(args.out / "trajectory.png", np.stack(frames[-1:] * 8 + frames))
     say(f"pictures in {args.out}: samples, trajectory\n"
         f"now try: python {NAME}.py --complete --score --classify --out {args.out}")
 
