@@ -23,9 +23,10 @@ Run        python vqvae.py --train                              both stages, the
            python vqvae.py --compress x.npz --save x.vq         images to codes in a file
            python vqvae.py --decompress x.vq --save y.npz       and back
            python vqvae.py --train --codebook fsq --out out/fsq no codebook: rounding
-Expect     digits, 5 to 6 minutes on 2 CPU cores for both stages: squared error 0.011 on the test
-           set, all 256 codes used, 99.7 of 100 reconstructions read by fid.py as their originals,
-           97 of 100 samples as the class asked for. GPU: not measured. In out/vqvae/: model.pt,
+Expect     digits, 5 minutes on 2 CPU cores for both stages: squared error 0.012 on the test set,
+           all 256 codes used, 99.7 of 100 reconstructions read by fid.py as their originals, 96 of
+           100 samples as the class asked for, at most 1.50 bits/dim. The enclosed model, 10
+           minutes: 0.009, 99.7, 98, 1.45. GPU: not measured. In out/vqvae/: model.pt,
            samples (.png, .npz), loss (.png, .csv), codes_000500.png, prior_000500.png and so on;
            by --reconstruct reconstruction, codebook, usage, codes, interpolation (.png).
 Left out   levels of codes above one another (VQ-VAE-2), losses that make images sharp (VQGAN's
