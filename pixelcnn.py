@@ -1092,10 +1092,13 @@ def caption(text, width):
 def ticks(low, high, log):
     """About five round numbers in low..high; log: of exponents, those of 1, 2, 3, 5, 7, 10, ..."""
     if log:
-        marks = [k + math.log10(m) for k in range(math.floor(low), math.ceil(high))
-                 for m in (1, 2, 3, 5, 7)]
-        marks = [m for m in marks if low <= m <= high]
-        return marks if len(marks) < 9 else [m for m in marks if m % max(1, (high - low) // 4) == 0]
+        for digits in ((1, 2, 3, 5, 7), (1, 3), (1,)):
+            marks = [k + math.log10(m) for k in range(math.floor(low), math.ceil(high))
+                     for m in digits]
+            marks = [m for m in marks if low <= m <= high]
+            if len(marks) < 9:
+                return marks
+        return marks[::len(marks) // 4]
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 5)
     return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
