@@ -563,7 +563,7 @@ def fit(args, model, stage, state):
             tqdm.write(f"{stage.name} {step:,}: {text}, {speed:.1f} steps/s, "
                        f"{speed * stage.batch_size:.0f} img/s")
             sys.stdout.flush()
-            if not done:
+            if not done and hasattr(stage, "picture"):
                 model.eval()
                 save_png(args.out / f"{stage.name}_{step:06}.png", stage.picture()[None])
                 model.train()
