@@ -21,12 +21,12 @@ Run        python dalle_mini.py --train                        all parts, sample
            python dalle_mini.py --enhance "a red seven"        the model writes the rest
            python dalle_mini.py --caption IMG                  image to text, by Bayes
            python dalle_mini.py --eval --best-of 16            how often it is right
-           python dalle_mini.py --attention-maps               where a code looks
+           python dalle_mini.py --attention               where a code looks
 Expect     TODO
 Left out   the discrete VAE of the paper (Gumbel-softmax and a KL weight: a VQ-VAE here), data from
            the web, BPE dropout, training in 16-bit with per-block loss scales
 Try        1. --guidance 0, 1, 2, 5 with --eval: when does it draw better, and when only louder?
-           2. --attention sparse: rows, columns and windows instead of everything. What is lost?
+           2. --masks sparse: rows, columns and windows instead of everything. What is lost?
            3. Hold out a whole colour for single digits (shown, random_facts). Does it generalise?
 Papers     Ramesh et al. 2021, Zero-Shot Text-to-Image Generation; van den Oord et al. 2017, Neural
            Discrete Representation Learning; Radford et al. 2021, Learning Transferable Visual
@@ -63,18 +63,18 @@ SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
     "small": dict(  # a laptop
         scenes=60_000, width=64, code_dim=16, codebook_size=256, blocks=2, steps=2500,
         batch_size=64, lr=2e-3, text_length=16, merges=128, model_width=128, model_layers=4,
-        heads=4, attention="full", model_steps=3000, model_batch=64, model_lr=3e-3, side_width=64,
+        heads=4, masks="full", model_steps=3000, model_batch=64, model_lr=3e-3, side_width=64,
         side_steps=1500, side_batch=128, side_lr=2e-3, warmup=50, guidance=2.5, num=8, every=500),
     "base": dict(  # a GPU
         scenes=200_000, width=128, code_dim=32, codebook_size=512, blocks=2, steps=20_000,
         batch_size=256, lr=1e-3, text_length=16, merges=128, model_width=512, model_layers=8,
-        heads=8, attention="full", model_steps=50_000, model_batch=256, model_lr=5e-4,
+        heads=8, masks="full", model_steps=50_000, model_batch=256, model_lr=5e-4,
         side_width=128, side_steps=5000, side_batch=512, side_lr=1e-3, warmup=500, guidance=2.5,
         num=8, every=5000),
     "paper": dict(  # Ramesh et al. 2021, for pairs of 128 x 128: 256 + 1,024 tokens, 12e9 weights
         scenes=200_000, width=256, code_dim=128, codebook_size=8192, blocks=4, steps=3_000_000,
         batch_size=512, lr=1e-4, text_length=256, merges=16_384 - 256, model_width=3968,
-        model_layers=64, heads=62, attention="sparse", model_steps=430_000, model_batch=1024,
+        model_layers=64, heads=62, masks="sparse", model_steps=430_000, model_batch=1024,
         model_lr=4.5e-4, side_width=512, side_steps=100_000, side_batch=4096, side_lr=5e-4,
         warmup=5000, guidance=1.0, num=8, every=10_000),
 }
@@ -98,7 +98,7 @@ def parse_args(argv=None, config=None):
         "and draw both")
     add("--caption", type=Path, metavar="IMG", help="which caption made this image?")
     add("--eval", action="store_true", help="how often is the right thing drawn?")
-    add("--attention-maps", action="store_true", help="where codes of the first prompt look")
+    add("--attention", action="store_true", help="where codes of the first prompt look")
     add("--export", type=Path, metavar="PT", help="write the weights alone, as fp16")
     # where, and on what
     add("--data", default="mnist", help="mnist: scenes made of its digits; or a .npz file of your "
@@ -129,8 +129,8 @@ def parse_args(argv=None, config=None):
     add("--model-width", type=positive, help="of the transformer")
     add("--model-layers", type=positive, help="its blocks")
     add("--heads", type=positive, help="of its attention; a divisor of --model-width")
-    add("--attention", choices=["full", "sparse"],
-        help="sparse: layers of row, column and convolutional masks, as in the paper")
+    add("--masks", choices=["full", "sparse"],
+        help="who looks at whom: sparse has row, column and convolutional layers, as the paper")
     add("--model-steps", type=positive, help="its training length")
     add("--model-batch", type=positive, help="pairs per step, over all GPUs")
     add("--model-lr", type=share, help="its peak learning rate")
@@ -456,9 +456,9 @@ def attention_mask(kind, text, h, w):
     return (back >= 0) & (near | (place < text) | (place[:, None] < text))
 
 
-def kinds_of(attention, layers):
+def kinds_of(masks, layers):
     """The mask of each layer; sparse: row, column, row, row and again, conv in the last."""
-    if attention == "full":
+    if masks == "full":
         return ["full"] * layers
     return ["column" if i % 4 == 1 else "row" for i in range(layers - 1)] + ["conv"]
 
@@ -523,7 +523,7 @@ class Transformer(nn.Module):
         self.start = nn.Parameter(torch.zeros(D))  # stands before the first word
         self.place = nn.Parameter(torch.zeros(self.N, D))
         self.row, self.col = nn.Parameter(torch.zeros(h, 1, D)), nn.Parameter(torch.zeros(1, w, D))
-        self.kinds = kinds_of(args.attention, args.model_layers)
+        self.kinds = kinds_of(args.masks, args.model_layers)
         self.blocks = nn.ModuleList([TransformerBlock(D, args.heads) for _ in self.kinds])
         for kind in set(self.kinds):
             mask = attention_mask(kind, self.N, h, w)
@@ -729,7 +729,7 @@ class DallE(nn.Module):
     def __init__(self, args):
         super().__init__()
         C, H, W = args.shape
-        self.h, self.w, self.K = H // 4, W // 4, args.codebook_size
+        self.h, self.w, self.K, self.N = H // 4, W // 4, args.codebook_size, args.text_length
         book = Codebook(self.K, args.code_dim, args.beta, args.decay, False)
         self.autoencoder = VQVAE(C, args.width, args.blocks, book)
         self.bpe = BytePairs(args.learned)
@@ -896,6 +896,8 @@ def fit(args, model, stage, state):
         nn.utils.clip_grad_norm_(weights, 1.0)
         opt.step()
         opt.zero_grad()
+        if hasattr(stage, "after"):
+            stage.after(step)
         total, counted = total + figure.detach(), counted + 1
         done = step == stage.steps or bool(stop)
         write = done or step % args.every == 0
@@ -995,7 +997,7 @@ def pictures_of(model, codes):
 
 def read_prompt(model, text, what):
     """A text as the model knows texts, in small letters; refused if empty or too long."""
-    text, N = " ".join(text.lower().split()), model.transformer.N
+    text, N = " ".join(text.lower().split()), model.N
     if not text:
         die(f"{what}: the text is empty")
     if (n := len(model.bpe.encode(text))) > N:
@@ -1075,7 +1077,7 @@ def pairs(autoencoder, images):
     return np.concatenate([grid(row, len(row) // 2) for row in rows])
 
 
-def image_file(args, model, flag, path):
+def image_file(args, flag, path, any_channels=False):
     """The one image (1, C, H, W) uint8 of a .png, or the first of a .npz or .npy; of the size that
     the model was trained on."""
     if path.suffix == ".png":
@@ -1089,7 +1091,7 @@ def image_file(args, model, flag, path):
         x = x.transpose(0, 3, 1, 2)
     else:
         x = own_data(str(path))[0][:1]
-    if list(x.shape[1:]) != args.shape:
+    if list(x.shape[any_channels + 1:]) != args.shape[any_channels:]:
         die(f"{flag} {path}: an image of {list(x.shape[1:])}, but the model was trained on "
             f"{args.shape}")
     return torch.from_numpy(x.copy()).to(args.device)
@@ -1097,7 +1099,7 @@ def image_file(args, model, flag, path):
 
 def complete_image(args, model):
     """Keeps the top half of an image and draws the rest: complete.png."""
-    x = image_file(args, model, "--complete", args.complete)
+    x = image_file(args, "--complete", args.complete)
     texts = [prompt_of(model, text) for text in args.prompt or []] or [""]
     top = codes_of(model, x[:, :, :model.h // 2 * 4]).flatten()  # of its pixels alone
     drawn = draw_prompts(args, model, model.tokens(texts), args.num, args.best_of, top)
@@ -1158,7 +1160,7 @@ def captions_of(args, model, images, texts, shortlist=32):
 
 def caption_image(args, model):
     """The likeliest captions of an image: of the prompts, or of all that there are."""
-    x = image_file(args, model, "--caption", args.caption)
+    x = image_file(args, "--caption", args.caption)
     if not args.prompt and args.data != "mnist":
         die("--caption: give the captions to choose from, each by --prompt")
     texts = [prompt_of(model, text) for text in args.prompt or []] or all_captions()
@@ -1687,9 +1689,9 @@ def ctrl_c():
 
 def main(argv=None):
     args, ckpt = parse_args(argv), None
-    args.sample |= bool(args.prompt) and not (args.complete or args.caption or args.attention_maps)
+    args.sample |= bool(args.prompt) and not (args.complete or args.caption or args.attention)
     verbs = (args.train, args.sample, args.complete, args.enhance is not None, args.caption,
-             args.eval, args.attention_maps, args.export)
+             args.eval, args.attention, args.export)
     if not any(verbs):
         return parse_args(["--help"])
     path = args.out / "model.pt"
@@ -1703,7 +1705,7 @@ def main(argv=None):
         wanted_sample, args = args.sample, parse_args(argv, ckpt["config"])
         args.sample = wanted_sample
         for key in ("data", "size", "codebook_size", "code_dim", "width", "blocks", "text_length",
-                    "merges", "model_width", "model_layers", "heads", "attention", "side_width"):
+                    "merges", "model_width", "model_layers", "heads", "masks", "side_width"):
             if getattr(args, key) != ckpt["config"][key]:
                 die(f"--{key.replace('_', '-')} {getattr(args, key)}: {path} was trained with "
                     f"{ckpt['config'][key]}")
@@ -1725,7 +1727,7 @@ def main(argv=None):
         for wanted, verb in ((args.train or args.sample, sample), (args.complete, complete_image),
                              (args.enhance is not None, enhance), (args.caption, caption_image),
                              (args.eval or args.train and args.data == "mnist", measure),
-                             (args.train or args.attention_maps, attention_picture)):
+                             (args.train or args.attention, attention_picture)):
             if wanted:
                 verb(args, model)
     except OSError as e:  # disk full, no right to write: the last checkpoint is whole

@@ -540,6 +540,8 @@ def fit(args, model, stage, state):
         nn.utils.clip_grad_norm_(weights, 1.0)
         opt.step()
         opt.zero_grad()
+        if hasattr(stage, "after"):
+            stage.after(step)
         total, counted = total + figure.detach(), counted + 1
         done = step == stage.steps or bool(stop)
         write = done or step % args.every == 0

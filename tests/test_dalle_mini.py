@@ -161,10 +161,10 @@ def test_paper_pattern_of_masks():
     assert kinds.count("column") == 16 and kinds.count("row") == 47
 
 
-@pytest.mark.parametrize("attention", ["full", "sparse"])
-def test_nobody_looks_ahead(attention):
+@pytest.mark.parametrize("masks", ["full", "sparse"])
+def test_nobody_looks_ahead(masks):
     """Each token of text and of image moves later logits only; with full attention all of them."""
-    args, model = small(attention=attention)
+    args, model = small(masks=masks)
     net = model.transformer.double()
     text, codes = model.tokens(["ab a"]), some_codes(model, 1).flatten(1)
     N, places = net.N, net.N + 6
@@ -179,7 +179,7 @@ def test_nobody_looks_ahead(attention):
             moved = torch.cat([(a - b).abs().amax(-1)[0] > 1e-12 for a, b in zip(net(t, c), one)])
             later = torch.arange(places) > i
             assert not (moved & ~later).any()
-            assert attention == "sparse" or (moved == later).all()
+            assert masks == "sparse" or (moved == later).all()
             if i == N - 1:  # the last word, a pad, predicts the first code
                 assert moved[N]
 
@@ -247,13 +247,13 @@ def test_attention_in_float32_on_a_cpu():
 # ---- Sampling ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["full", "sparse"])
+@pytest.mark.parametrize("masks", ["full", "sparse"])
 @pytest.mark.parametrize("w", [0.0, 1.0, 2.5])
 @pytest.mark.parametrize("given", [0, 1, 4])
-def test_kept_keys_change_nothing(attention, w, given, monkeypatch):
+def test_kept_keys_change_nothing(masks, w, given, monkeypatch):
     """The logits at each step are those of the whole network run anew on what is known, with and
     without guidance, and after an image prompt; so 0 is unconditional and 1 conditional."""
-    args, model = small(attention=attention)
+    args, model = small(masks=masks)
     net, text, codes = model.transformer, model.tokens(["ab a", "b"]), some_codes(model, 2)
     before, seen, draw = text.clone(), [], dm.draw
     monkeypatch.setattr(dm, "draw", lambda out, *a: (seen.append(out), draw(out, *a))[1])
@@ -491,7 +491,7 @@ def test_every_verb_runs(own, trained, monkeypatch, capsys):
     dm.main(["--enhance", "thing", *cpu])
     assert capsys.readouterr().out.count("thing -> thing") == 3
     dm.main(["--caption", "one.png", "--prompt", "thing 1", "--prompt", "thing 2", *cpu])
-    dm.main(["--attention-maps", "--prompt", "thing 1", *cpu])
+    dm.main(["--attention", "--prompt", "thing 1", *cpu])
     for name in ("complete", "enhance", "attention"):
         assert (own / "out/dalle_mini" / f"{name}.png").exists(), name
 
