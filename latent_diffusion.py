@@ -53,6 +53,7 @@ import time
 import urllib.request
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -66,21 +67,21 @@ SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
     "small": dict(  # a laptop
         scenes=60_000, width=64, latent_dim=4, codebook_size=512, steps=2500, batch_size=64,
         lr=2e-3, text_length=16, merges=128, text_width=64, text_layers=2, channels=[64, 64],
-        layers=1, heads=4, dit_width=128, dit_double=2, dit_single=2, patch=1, model_steps=3000,
-        model_batch=128, model_lr=2e-3, ema=0.998, side_width=48, side_steps=1500, side_batch=128,
-        side_lr=2e-3, warmup=50, guidance=3.0, sample_steps=25, num=8, every=500),
+        layers=1, groups=8, heads=4, dit_width=128, dit_double=2, dit_single=2, patch=1,
+        model_steps=3000, model_batch=128, model_lr=2e-3, ema=0.998, side_width=48,
+        side_steps=1500, side_batch=128, side_lr=2e-3, warmup=50, guidance=3.0, sample_steps=25, num=8, every=500),
     "base": dict(  # a GPU
         scenes=200_000, width=128, latent_dim=4, codebook_size=1024, steps=20_000, batch_size=256,
         lr=1e-3, text_length=16, merges=128, text_width=256, text_layers=4, channels=[192, 384],
-        layers=2, heads=8, dit_width=384, dit_double=4, dit_single=8, patch=1, model_steps=50_000,
-        model_batch=512, model_lr=3e-4, ema=0.9995, side_width=96, side_steps=5000, side_batch=512,
-        side_lr=1e-3, warmup=1000, guidance=3.0, sample_steps=25, num=8, every=5000),
+        layers=2, groups=32, heads=8, dit_width=384, dit_double=4, dit_single=8, patch=1,
+        model_steps=50_000, model_batch=512, model_lr=3e-4, ema=0.9995, side_width=96,
+        side_steps=5000, side_batch=512, side_lr=1e-3, warmup=1000, guidance=3.0, sample_steps=25, num=8, every=5000),
     "paper": dict(  # Stable Diffusion 1's U-Net, Flux.1's transformer; pairs of 256 x 256 or more
         scenes=200_000, width=128, latent_dim=4, codebook_size=8192, steps=200_000, batch_size=64,
         lr=1e-4, text_length=77, merges=49_152, text_width=768, text_layers=12,
-        channels=[320, 640, 1280, 1280], layers=2, heads=8, dit_width=3072, dit_double=19,
-        dit_single=38, patch=2, model_steps=500_000, model_batch=2048, model_lr=1e-4, ema=0.9999,
-        side_width=128, side_steps=5000, side_batch=512, side_lr=1e-3, warmup=10_000, guidance=7.5,
+        channels=[320, 640, 1280, 1280], layers=2, groups=32, heads=8, dit_width=3072,
+        dit_double=19, dit_single=38, patch=2, model_steps=500_000, model_batch=2048, model_lr=1e-4,
+        ema=0.9999, side_width=128, side_steps=5000, side_batch=512, side_lr=1e-3, warmup=10_000, guidance=7.5,
         sample_steps=50, num=4, every=10_000),
 }
 CONFIG = [*SIZES["small"], "size", "data", "seed", "autoencoder", "kl", "backbone", "objective",
@@ -142,8 +143,9 @@ def parse_args(argv=None, config=None):
     add("--text-width", type=positive, help="of the text encoder; a multiple of 32")
     add("--text-layers", type=positive, help="its blocks")
     add("--channels", type=positive, nargs="+", metavar="C",
-        help="unet: of each size, from the largest; multiples of 32")
+        help="unet: of each size, from the largest; multiples of groups and heads")
     add("--layers", type=positive, help="unet: ResnetBlocks a size on the way down")
+    add("--groups", type=positive, help="unet: of the group norms")
     add("--heads", type=positive, help="of attention, in both backbones")
     add("--dit-width", type=positive, help="dit: a multiple of 4 heads")
     add("--dit-double", type=positive, help="dit: blocks with streams of their own")
@@ -175,8 +177,9 @@ def parse_args(argv=None, config=None):
             setattr(args, key, value)
     for wrong, message in (
             (args.codebook_size < 2, f"--codebook-size {args.codebook_size}: expected 2 or more"),
-            (any(c % 32 or c % args.heads for c in args.channels), f"--channels {args.channels}: "
-             f"expected multiples of 32 and of --heads {args.heads}"),
+            (any(c % args.groups or c % args.heads for c in args.channels), f"--channels "
+             f"{args.channels}: expected multiples of --groups {args.groups} and --heads "
+             f"{args.heads}"),
             (args.text_width % 32, f"--text-width {args.text_width}: expected a multiple of 32"),
             (args.dit_width % (4 * args.heads), f"--dit-width {args.dit_width}: expected a "
              f"multiple of 4 x --heads {args.heads}"),
@@ -466,7 +469,7 @@ class VariationalAutoencoder(nn.Module):
         if self.codebook:
             return self.to_image(mean)
         log_var = log_var.clamp(-20, 10)
-        z = mean + torch.exp(log_var / 2) * torch.randn_like(mean)
+        z = mean + torch.exp(log_var / 2) * torch.randn_like(mean) if self.training else mean
         # KL = (mean^2 + var - 1 - log var) / 2
         return self.to_image(z)[0], (mean.square() + log_var.exp() - 1 - log_var).mean() / 2
 
@@ -560,19 +563,30 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(self.act(self.linear_1(x)))
 
 
+class Dims(NamedTuple):
+    """What all blocks share: length of the time's and of the text's vectors, heads, norm groups. A
+    group must hold several channels, or the norm undoes what the time has added to one."""
+    time: int
+    text: int
+    heads: int
+    groups: int
+
+
 class ResnetBlock2D(nn.Module):
     """Two convolutions and a shortcut; the time enters as one scalar a channel, as the slide says.
     silu(x) = x sigmoid(x). (The slide's sigmoid e^x/(1 + e^x) is inf/inf in code for large x.)"""
 
-    def __init__(self, C_in, C_out, D):
+    def __init__(self, C_in, C_out, dims):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(32, C_in), nn.Conv2d(C_in, C_out, 3, padding=1)
-        self.time_emb_proj = nn.Linear(D, C_out)
-        self.norm2, self.conv2 = nn.GroupNorm(32, C_out), nn.Conv2d(C_out, C_out, 3, padding=1)
+        self.norm1 = nn.GroupNorm(dims.groups, C_in)
+        self.conv1 = nn.Conv2d(C_in, C_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(dims.time, C_out)
+        self.norm2 = nn.GroupNorm(dims.groups, C_out)
+        self.conv2 = nn.Conv2d(C_out, C_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(C_in, C_out, 1) if C_in != C_out else nn.Identity()
 
     def forward(self, x, temb):
-        """x (B, C_in, H, W), temb (B, D) -> (B, C_out, H, W)."""
+        """x (B, C_in, H, W), temb (B, time) -> (B, C_out, H, W)."""
         h = self.conv1(F.silu(self.norm1(x))) + self.time_emb_proj(F.silu(temb))[:, :, None, None]
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
@@ -647,10 +661,10 @@ class BasicTransformerBlock(nn.Module):
 class Transformer2DModel(nn.Module):
     """A transformer block on the H W places of a feature map."""
 
-    def __init__(self, C, D, heads):
+    def __init__(self, C, dims):
         super().__init__()
-        self.norm, self.proj_in = nn.GroupNorm(32, C, eps=1e-6), nn.Conv2d(C, C, 1)
-        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(C, D, heads)])
+        self.norm, self.proj_in = nn.GroupNorm(dims.groups, C, eps=1e-6), nn.Conv2d(C, C, 1)
+        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(C, dims.text, dims.heads)])
         self.proj_out = nn.Conv2d(C, C, 1)
 
     def forward(self, x, context):
@@ -683,15 +697,14 @@ class Upsample2D(nn.Module):
 
 
 class DownBlock2D(nn.Module):
-    """ResnetBlocks, each followed by attention if `heads`; then half as high and wide, if `down`.
-    Everything that comes out on the way is kept for the way up."""
+    """ResnetBlocks, each followed by attention if it `attends`; then half as high and wide, if
+    `down`. Everything that comes out on the way is kept for the way up."""
 
-    def __init__(self, C_in, C, D_time, D, heads, layers, down):
+    def __init__(self, C_in, C, dims, layers, attends, down):
         super().__init__()
-        if heads:
-            self.attentions = nn.ModuleList([Transformer2DModel(C, D, heads)
-                                             for _ in range(layers)])
-        self.resnets = nn.ModuleList([ResnetBlock2D(C if i else C_in, C, D_time)
+        if attends:
+            self.attentions = nn.ModuleList([Transformer2DModel(C, dims) for _ in range(layers)])
+        self.resnets = nn.ModuleList([ResnetBlock2D(C if i else C_in, C, dims)
                                       for i in range(layers)])
         if down:
             self.downsamplers = nn.ModuleList([Downsample2D(C)])
@@ -712,13 +725,12 @@ class DownBlock2D(nn.Module):
 class UpBlock2D(nn.Module):
     """The way up: each ResnetBlock gets, besides what comes from below, what was kept."""
 
-    def __init__(self, C_below, C, C_kept, D_time, D, heads, layers, up):
+    def __init__(self, C_below, C, C_kept, dims, layers, attends, up):
         super().__init__()
-        if heads:
-            self.attentions = nn.ModuleList([Transformer2DModel(C, D, heads)
-                                             for _ in range(layers)])
+        if attends:
+            self.attentions = nn.ModuleList([Transformer2DModel(C, dims) for _ in range(layers)])
         self.resnets = nn.ModuleList([
-            ResnetBlock2D((C if i else C_below) + (C_kept if i == layers - 1 else C), C, D_time)
+            ResnetBlock2D((C if i else C_below) + (C_kept if i == layers - 1 else C), C, dims)
             for i in range(layers)])
         if up:
             self.upsamplers = nn.ModuleList([Upsample2D(C)])
@@ -742,10 +754,10 @@ class CrossAttnUpBlock2D(UpBlock2D):
 class UNetMidBlock2DCrossAttn(nn.Module):
     """At the bottom: ResnetBlock, attention, ResnetBlock."""
 
-    def __init__(self, C, D_time, D, heads):
+    def __init__(self, C, dims):
         super().__init__()
-        self.attentions = nn.ModuleList([Transformer2DModel(C, D, heads)])
-        self.resnets = nn.ModuleList([ResnetBlock2D(C, C, D_time) for _ in range(2)])
+        self.attentions = nn.ModuleList([Transformer2DModel(C, dims)])
+        self.resnets = nn.ModuleList([ResnetBlock2D(C, C, dims) for _ in range(2)])
 
     def forward(self, x, temb, context):
         return self.resnets[1](self.attentions[0](self.resnets[0](x, temb), context), temb)
@@ -753,25 +765,25 @@ class UNetMidBlock2DCrossAttn(nn.Module):
 
 class UNet2DConditionModel(nn.Module):
     """f(z_t, t, text): a U-Net with attention to the text at all sizes but the smallest. channels:
-    of each size, multiples of 32; C of the latents; D of the text's vectors."""
+    of each size; C: of the latents; D: length of the text's vectors."""
 
-    def __init__(self, C, channels, layers, heads, D):
+    def __init__(self, C, channels, layers, heads, D, groups=32):
         super().__init__()
-        D_time, n, first = 4 * channels[0], len(channels), channels[0]
+        n, first, dims = len(channels), channels[0], Dims(4 * channels[0], D, heads, groups)
         self.conv_in = nn.Conv2d(C, first, 3, padding=1)
-        self.time_proj, self.time_embedding = Timesteps(first), TimestepEmbedding(first, D_time)
+        self.time_proj, self.time_embedding = Timesteps(first), TimestepEmbedding(first, dims.time)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         for i, width in enumerate(channels):
             attends = i < n - 1 or n == 1
             self.down_blocks.append((CrossAttnDownBlock2D if attends else DownBlock2D)(
-                channels[max(0, i - 1)], width, D_time, D, heads * attends, layers, i < n - 1))
-        self.mid_block = UNetMidBlock2DCrossAttn(channels[-1], D_time, D, heads)
+                channels[max(0, i - 1)], width, dims, layers, attends, i < n - 1))
+        self.mid_block = UNetMidBlock2DCrossAttn(channels[-1], dims)
         for i in reversed(range(n)):
             attends = i < n - 1 or n == 1
             self.up_blocks.append((CrossAttnUpBlock2D if attends else UpBlock2D)(
-                channels[min(i + 1, n - 1)], channels[i], channels[max(0, i - 1)], D_time, D,
-                heads * attends, layers + 1, i > 0))
-        self.conv_norm_out, self.conv_act = nn.GroupNorm(32, first), nn.SiLU()
+                channels[min(i + 1, n - 1)], channels[i], channels[max(0, i - 1)], dims, layers + 1,
+                attends, i > 0))
+        self.conv_norm_out, self.conv_act = nn.GroupNorm(groups, first), nn.SiLU()
         self.conv_out = nn.Conv2d(first, C, 3, padding=1)
 
     def forward(self, x, t, context):
@@ -943,7 +955,7 @@ def make_backbone(args):
     """The network that args describe."""
     if args.backbone == "unet":
         return UNet2DConditionModel(args.latent_dim, args.channels, args.layers, args.heads,
-                                    args.text_width)
+                                    args.text_width, args.groups)
     return FluxTransformer(args.latent_dim, args.dit_width, args.dit_double, args.dit_single,
                            args.heads, args.text_width, args.patch)
 
@@ -1004,7 +1016,7 @@ def integrate(guess, z, times, objective, heun=False, change=None, keep=None):
             keep(t, z0)
         a, s = (float(v) for v in level(torch.tensor([t_next]), objective))
         new = a * z0 + s * eps
-        if heun and t_next > 0:
+        if heun:
             z0_next, eps_next = guess(new, t_next)
             # dz/dt = eps - z_0
             new = z + (t_next - t) * ((eps - z0) + (eps_next - z0_next)) / 2
@@ -2071,8 +2083,8 @@ def main(argv=None):
         args = parse_args(argv, ckpt["config"])
         for key in ("data", "size", "autoencoder", "latent_dim", "codebook_size", "width",
                     "backbone", "objective", "text_length", "merges", "text_width", "text_layers",
-                    "channels", "layers", "heads", "dit_width", "dit_double", "dit_single", "patch",
-                    "side_width"):
+                    "channels", "layers", "groups", "heads", "dit_width", "dit_double",
+                    "dit_single", "patch", "side_width"):
             if getattr(args, key) != ckpt["config"][key]:
                 die(f"--{key.replace('_', '-')} {getattr(args, key)}: {path} was trained with "
                     f"{ckpt['config'][key]}")
