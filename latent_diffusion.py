@@ -25,7 +25,7 @@ Run        python latent_diffusion.py --train                    all parts, samp
            python latent_diffusion.py --interpolate TEXT1 TEXT2
            python latent_diffusion.py --train --backbone dit --objective flow --out out/flux
            python latent_diffusion.py --describe --size paper    the slide's U-Net, module by module
-Expect     TODO
+Expect     not measured yet
 Left out   the adversarial and perceptual losses of the real first stage, a text encoder trained on
            the web (CLIP, T5), Flux's distilled guidance and its shift of t with resolution
 Try        1. --objective eps, x0, v and flow at equal steps: --eval for each.
@@ -67,22 +67,24 @@ SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
     "small": dict(  # a laptop
         scenes=60_000, width=64, latent_dim=4, codebook_size=512, steps=2500, batch_size=64,
         lr=2e-3, text_length=16, merges=128, text_width=64, text_layers=2, channels=[64, 64],
-        layers=1, groups=8, heads=4, dit_width=128, dit_double=2, dit_single=2, patch=1,
-        model_steps=3000, model_batch=128, model_lr=2e-3, ema=0.998, side_width=48,
-        side_steps=1500, side_batch=128, side_lr=2e-3, warmup=50, guidance=3.0, sample_steps=25, num=8, every=500),
+        coordinates=1, layers=1, groups=8, heads=2, dit_width=128, dit_double=2, dit_single=2,
+        patch=1, model_steps=3000, model_batch=128, model_lr=2e-3, ema=0.998, side_width=48,
+        side_steps=1500, side_batch=128, side_lr=2e-3, warmup=50, guidance=3.0,
+        sample_steps=25, num=8, every=500),
     "base": dict(  # a GPU
         scenes=200_000, width=128, latent_dim=4, codebook_size=1024, steps=20_000, batch_size=256,
         lr=1e-3, text_length=16, merges=128, text_width=256, text_layers=4, channels=[192, 384],
-        layers=2, groups=32, heads=8, dit_width=384, dit_double=4, dit_single=8, patch=1,
-        model_steps=50_000, model_batch=512, model_lr=3e-4, ema=0.9995, side_width=96,
-        side_steps=5000, side_batch=512, side_lr=1e-3, warmup=1000, guidance=3.0, sample_steps=25, num=8, every=5000),
+        coordinates=1, layers=2, groups=32, heads=8, dit_width=384, dit_double=4, dit_single=8,
+        patch=1, model_steps=50_000, model_batch=512, model_lr=3e-4, ema=0.9995, side_width=96,
+        side_steps=5000, side_batch=512, side_lr=1e-3, warmup=1000, guidance=3.0,
+        sample_steps=25, num=8, every=5000),
     "paper": dict(  # Stable Diffusion 1's U-Net, Flux.1's transformer; pairs of 256 x 256 or more
         scenes=200_000, width=128, latent_dim=4, codebook_size=8192, steps=200_000, batch_size=64,
         lr=1e-4, text_length=77, merges=49_152, text_width=768, text_layers=12,
-        channels=[320, 640, 1280, 1280], layers=2, groups=32, heads=8, dit_width=3072,
-        dit_double=19, dit_single=38, patch=2, model_steps=500_000, model_batch=2048, model_lr=1e-4,
-        ema=0.9999, side_width=128, side_steps=5000, side_batch=512, side_lr=1e-3, warmup=10_000, guidance=7.5,
-        sample_steps=50, num=4, every=10_000),
+        channels=[320, 640, 1280, 1280], coordinates=0, layers=2, groups=32, heads=8,
+        dit_width=3072, dit_double=19, dit_single=38, patch=2, model_steps=500_000, model_batch=2048, model_lr=1e-4,
+        ema=0.9999, side_width=128, side_steps=5000, side_batch=512, side_lr=1e-3,
+        warmup=10_000, guidance=7.5, sample_steps=50, num=4, every=10_000),
 }
 CONFIG = [*SIZES["small"], "size", "data", "seed", "autoencoder", "kl", "backbone", "objective",
           "sampler", "shape", "learned", "examples"]  # what a checkpoint keeps
@@ -144,6 +146,8 @@ def parse_args(argv=None, config=None):
     add("--text-layers", type=positive, help="its blocks")
     add("--channels", type=positive, nargs="+", metavar="C",
         help="unet: of each size, from the largest; multiples of groups and heads")
+    add("--coordinates", type=int, choices=[0, 1],
+        help="unet: whether two channels more tell a latent's row and column")
     add("--layers", type=positive, help="unet: ResnetBlocks a size on the way down")
     add("--groups", type=positive, help="unet: of the group norms")
     add("--heads", type=positive, help="of attention, in both backbones")
@@ -765,12 +769,12 @@ class UNetMidBlock2DCrossAttn(nn.Module):
 
 class UNet2DConditionModel(nn.Module):
     """f(z_t, t, text): a U-Net with attention to the text at all sizes but the smallest. channels:
-    of each size; C: of the latents; D: length of the text's vectors."""
+    of each size; C_in and C: of what goes in and out; D: length of the text's vectors."""
 
-    def __init__(self, C, channels, layers, heads, D, groups=32):
+    def __init__(self, C_in, C, channels, layers, heads, D, groups=32):
         super().__init__()
         n, first, dims = len(channels), channels[0], Dims(4 * channels[0], D, heads, groups)
-        self.conv_in = nn.Conv2d(C, first, 3, padding=1)
+        self.conv_in = nn.Conv2d(C_in, first, 3, padding=1)
         self.time_proj, self.time_embedding = Timesteps(first), TimestepEmbedding(first, dims.time)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         for i, width in enumerate(channels):
@@ -787,7 +791,7 @@ class UNet2DConditionModel(nn.Module):
         self.conv_out = nn.Conv2d(first, C, 3, padding=1)
 
     def forward(self, x, t, context):
-        """x (B, C, h, w), t (B,) in 0..1000, context (B, N, D) -> (B, C, h, w)."""
+        """x (B, C_in, h, w), t (B,) in 0..1000, context (B, N, D) -> (B, C, h, w)."""
         temb = self.time_embedding(self.time_proj(t).to(x.dtype))  # (B, 4 channels[0])
         x = self.conv_in(x)
         kept = [x]
@@ -954,23 +958,31 @@ class TextEncoder(nn.Module):
 def make_backbone(args):
     """The network that args describe."""
     if args.backbone == "unet":
-        return UNet2DConditionModel(args.latent_dim, args.channels, args.layers, args.heads,
-                                    args.text_width, args.groups)
+        return UNet2DConditionModel(args.latent_dim + 2 * args.coordinates, args.latent_dim,
+                                    args.channels, args.layers, args.heads, args.text_width,
+                                    args.groups)
     return FluxTransformer(args.latent_dim, args.dit_width, args.dit_double, args.dit_single,
                            args.heads, args.text_width, args.patch)
 
 
 class Denoiser(nn.Module):
-    """Text encoder and backbone: f(z_t, t, text)."""
+    """Text encoder and backbone: f(z_t, t, text). Convolutions do not know where they are, but by
+    the zeros at the border. For a U-Net that is to learn "left of" within minutes, two channels
+    more, the coordinates, say it (Liu et al. 2018, CoordConv)."""
 
     def __init__(self, args, vocabulary):
         super().__init__()
         self.text = TextEncoder(vocabulary, args.text_length, args.text_width, args.text_layers)
         self.backbone = make_backbone(args)
+        self.coordinates = args.coordinates and args.backbone == "unet"
 
     def forward(self, z, t, context):
         """z (B, D, h, w), t (B,) in 0..1, context (B, N, D') = text(tokens) -> the answer
         (B, D, h, w), in float32."""
+        if self.coordinates:
+            row, col = (torch.linspace(-1, 1, n, device=z.device) for n in z.shape[2:])
+            where = torch.stack(torch.meshgrid(row, col, indexing="ij"))  # (2, h, w)
+            z = torch.cat([z, where.expand(len(z), -1, -1, -1)], 1)
         return self.backbone(z, 1000 * t, context).float()
 
 
@@ -1201,8 +1213,7 @@ def fit(args, model, stage, state):
     """Trains one stage from where state, a checkpoint, stands; writes it and pictures on the way.
     False: stopped by Ctrl-C."""
     weights = [p for p in stage.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(weights, stage.lr, (0.9, 0.95), weight_decay=0.0,
-                            fused="cuda" in args.device)
+    opt = torch.optim.AdamW(weights, stage.lr, (0.9, 0.95), weight_decay=0.0, fused=True)
     begin, history = 1, state["history"].setdefault(stage.name, [])
     if state["part"] == stage.name:
         load_state(opt, state, "optimizer")
@@ -1436,7 +1447,7 @@ def pairs(autoencoder, images):
         back = autoencoder(to_float(images))[0]
     both = torch.stack([images.cpu(), to_uint8(back).cpu()], 1)  # (N, 2, C, H, W)
     rows = [part.transpose(0, 1).flatten(0, 1) for part in both.split(16)]
-    return np.concatenate([grid(row, len(row) // 2) for row in rows])
+    return np.concatenate([grid(row, len(row) // 2, 1100) for row in rows])
 
 
 def image_file(args, flag, path, any_channels=False):
@@ -1520,7 +1531,8 @@ def interpolate(args, model, steps=9, ways=4):
 
 def guidance_sweep(args, model):
     """The first prompt at guidance 1, 2, 4 and 8, from the same noise: guidance.png."""
-    text, rows, weights = prompt_of(model, (args.prompt or args.examples[1:])[0]), [], (1, 2, 4, 8)
+    text = prompt_of(model, (args.prompt or args.examples[1:] + args.examples)[0])
+    rows, weights = [], (1, 2, 4, 8)
     for args.guidance in weights:
         rows.append(draw_texts(args, model, model.tokens([text]), args.num)[0])
     heads = [f"{text}, guidance {w}" for w in weights]
@@ -1531,7 +1543,7 @@ def guidance_sweep(args, model):
 def attention_maps(args, model):
     """Draws the first prompt and shows from where each of its words is looked at, mean over steps,
     layers and heads: attention.png."""
-    text = prompt_of(model, (args.prompt or args.examples[1:])[0])
+    text = prompt_of(model, (args.prompt or args.examples[1:] + args.examples)[0])
     words, h, w = text.split(), *model.latent_shape[1:]
     size = h * w // (args.patch**2 if args.backbone == "dit" else 1)
     looking = [m for name, m in model.ema.named_modules() if hasattr(m, "seen")
@@ -1643,7 +1655,8 @@ def load_pairs(args, split):
     if captions is None or captions.dtype.kind != "U" or captions.shape != (len(images),):
         die(f"--data {args.data}: expected 'captions', a text for each of {len(images)} images")
     part = (np.arange(len(images)) % 10 == 1) == (split == "test")
-    return torch.from_numpy(images[part].copy()).to(args.device), captions[part].tolist(), None
+    texts = [" ".join(text.lower().split()) for text in captions[part].tolist()]
+    return torch.from_numpy(images[part].copy()).to(args.device), texts, None
 
 
 def save_history(out, history):
@@ -2083,7 +2096,8 @@ def main(argv=None):
         args = parse_args(argv, ckpt["config"])
         for key in ("data", "size", "autoencoder", "latent_dim", "codebook_size", "width",
                     "backbone", "objective", "text_length", "merges", "text_width", "text_layers",
-                    "channels", "layers", "groups", "heads", "dit_width", "dit_double",
+                    "channels", "coordinates", "layers", "groups", "heads", "dit_width",
+                    "dit_double",
                     "dit_single", "patch", "side_width"):
             if getattr(args, key) != ckpt["config"][key]:
                 die(f"--{key.replace('_', '-')} {getattr(args, key)}: {path} was trained with "

@@ -21,7 +21,7 @@ except ImportError:
 
 torch.set_num_threads(2)
 B, turns = 32, 9
-args = ld.parse_args(["--device", "cpu"])
+args = ld.parse_args(["--device", "cpu", "--coordinates", "0"])
 net = ld.make_backbone(args)
 print(f"{sum(p.numel() for p in net.parameters()):,} parameters")
 args.latent_dim = 3

@@ -238,7 +238,7 @@ def test_unet_is_diffusers(channels, layers):
     """Same keys, and with the same weights the same output as UNet2DConditionModel."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    ours, n = ld.UNet2DConditionModel(4, channels, layers, 4, 24), len(channels)
+    ours, n = ld.UNet2DConditionModel(4, 4, channels, layers, 4, 24), len(channels)
     down = ["CrossAttnDownBlock2D"] * (n - 1) + ["DownBlock2D" if n > 1 else "CrossAttnDownBlock2D"]
     up = [name.replace("Down", "Up") for name in reversed(down)]
     theirs = diffusers.UNet2DConditionModel(
@@ -257,7 +257,7 @@ def test_groups_of_one_channel_would_forget_the_time():
     torch.manual_seed(0)
     x, context, moved = torch.randn(1, 4, 4, 4), torch.randn(1, 5, 24), []
     for groups in (32, 8):
-        net = ld.UNet2DConditionModel(4, [32, 32], 1, 4, 24, groups)
+        net = ld.UNet2DConditionModel(4, 4, [32, 32], 1, 4, 24, groups)
         with torch.no_grad():
             one, two = (net(x, torch.tensor([t]), context) for t in (100.0, 900.0))
         moved.append(float((one - two).abs().max()))

@@ -6,9 +6,11 @@ import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import dalle_mini
 import ddpm
 import fid
 import pixelcnn
@@ -175,3 +177,45 @@ def test_readme_tells_the_vqvae_checkpoint(codes):
     assert f"{count:,} parameters" in readme and ckpt["step"] == args.prior_steps
     assert re.search(rf"vqvae.py --train --steps {args.steps} --prior-steps {args.prior_steps}\b"
                      ".*--export pretrained/vqvae.pt", readme)
+
+
+@pytest.fixture(scope="module")
+def stream():
+    """pretrained/dalle_mini.pt, ready to use."""
+    ckpt = dalle_mini.read_checkpoint(ROOT / "pretrained/dalle_mini.pt")
+    args = dalle_mini.parse_args(["--sample", "--device", "cpu"], ckpt["config"])
+    dalle_mini.use_device(args)
+    model = dalle_mini.DallE(args).eval()
+    dalle_mini.load_state(model, ckpt, "model")
+    return args, model, ckpt
+
+
+@pytest.mark.parametrize("seen, least", [(True, 0.80), (False, 0.65)])
+def test_dalle_draws_what_is_asked_for(stream, seen, least):
+    """All of 200 scenes of two digits, with pairs of digit and colour that training shows, and never
+    shows: digits, colours and relation at once, read by the enclosed checker."""
+    args, model, _ = stream
+    rng = np.random.default_rng(5)
+    wanted = dalle_mini.random_facts(200, rng, seen, single=0)
+    text = model.tokens([dalle_mini.describe(f, rng.random() < 0.5) for f in wanted])
+    x = dalle_mini.draw_prompts(args, model, text, 1).flatten(0, 1)
+    right = dalle_mini.accuracy(model.checker, x, torch.from_numpy(wanted))[3]
+    assert right.mean() >= least
+
+
+def test_dalle_checker_reads_real_scenes(stream):
+    """And their reconstructions: the first stage leaves a ceiling well above what is asked for."""
+    args, model, _ = stream
+    images, _, facts = dalle_mini.load_pairs(args, "test")
+    images, facts = images[:500], facts[:500]
+    assert dalle_mini.accuracy(model.checker, images, facts)[3].mean() >= 0.93
+    back = dalle_mini.to_uint8(dalle_mini.pictures_of(model, dalle_mini.codes_of(model, images)))
+    assert dalle_mini.accuracy(model.checker, back, facts)[3].mean() >= 0.87
+
+
+def test_readme_tells_the_dalle_checkpoint(stream):
+    args, model, ckpt = stream
+    count = sum(p.numel() for p in model.parameters())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{count:,} parameters" in readme and ckpt["step"] == args.side_steps
+    assert re.search(rf"dalle_mini.py --train .*--model-steps {args.model_steps}\b", readme)
