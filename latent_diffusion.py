@@ -82,9 +82,10 @@ SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
         scenes=200_000, width=128, latent_dim=4, codebook_size=8192, steps=200_000, batch_size=64,
         lr=1e-4, text_length=77, merges=49_152, text_width=768, text_layers=12,
         channels=[320, 640, 1280, 1280], coordinates=0, layers=2, groups=32, heads=8,
-        dit_width=3072, dit_double=19, dit_single=38, patch=2, model_steps=500_000, model_batch=2048, model_lr=1e-4,
-        ema=0.9999, side_width=128, side_steps=5000, side_batch=512, side_lr=1e-3,
-        warmup=10_000, guidance=7.5, sample_steps=50, num=4, every=10_000),
+        dit_width=3072, dit_double=19, dit_single=38, patch=2, model_steps=500_000,
+        model_batch=2048, model_lr=1e-4, ema=0.9999, side_width=128, side_steps=5000,
+        side_batch=512, side_lr=1e-3, warmup=10_000, guidance=7.5, sample_steps=50, num=4,
+        every=10_000),
 }
 CONFIG = [*SIZES["small"], "size", "data", "seed", "autoencoder", "kl", "backbone", "objective",
           "sampler", "shape", "learned", "examples"]  # what a checkpoint keeps
@@ -848,7 +849,7 @@ class Projection(nn.Module):
 
     def forward(self, x):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.norm_q(q).type_as(v), self.norm_k(k).type_as(v), v
+        return self.norm_q(q.float()).type_as(v), self.norm_k(k.float()).type_as(v), v
 
 
 def joint_attention(q, k, v, place, seen=None):
@@ -2097,8 +2098,7 @@ def main(argv=None):
         for key in ("data", "size", "autoencoder", "latent_dim", "codebook_size", "width",
                     "backbone", "objective", "text_length", "merges", "text_width", "text_layers",
                     "channels", "coordinates", "layers", "groups", "heads", "dit_width",
-                    "dit_double",
-                    "dit_single", "patch", "side_width"):
+                    "dit_double", "dit_single", "patch", "side_width"):
             if getattr(args, key) != ckpt["config"][key]:
                 die(f"--{key.replace('_', '-')} {getattr(args, key)}: {path} was trained with "
                     f"{ckpt['config'][key]}")
