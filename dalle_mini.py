@@ -84,7 +84,7 @@ SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
         warmup=5000, guidance=1.0, num=8, every=10_000),
 }
 CONFIG = [*SIZES["small"], "size", "data", "seed", "beta", "decay", "temperature", "top_k", "top_p",
-          "shape", "learned", "examples"]  # what a checkpoint keeps
+          "shape", "learned", "examples", "turned"]  # what a checkpoint keeps
 
 
 def parse_args(argv=None, config=None):
@@ -118,6 +118,8 @@ def parse_args(argv=None, config=None):
     add("--resume", action="store_true", help="go on from OUT/model.pt")
     add("--every", type=positive, help="checkpoint and picture every so many steps")
     add("--scenes", type=positive, help="how many scenes to train on")
+    add("--turned", type=share, default=0.5, help="share of captions in training that begin with "
+        "the digit to the right or below")
     # image to codes
     add("--codebook-size", type=positive, metavar="K", help="how many vectors")
     add("--code-dim", type=positive, help="their length")
@@ -1264,7 +1266,7 @@ def load_pairs(args, split):
         facts = random_facts(args.scenes if split == "train" else 1000, rng,
                              single=0.2 if split == "train" else 0)
         images = render(facts, digits, labels, rng)
-        turn, short = rng.random(len(facts)) < 0.5, rng.random(len(facts)) < 0.25
+        turn, short = rng.random(len(facts)) < args.turned, rng.random(len(facts)) < 0.25
         texts = [describe(*f) for f in zip(facts, turn, short)]
         return images.to(args.device), texts, torch.from_numpy(facts).to(args.device)
     if not args.data.endswith(".npz"):
