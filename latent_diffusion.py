@@ -69,7 +69,7 @@ SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
         scenes=60_000, width=64, latent_dim=4, codebook_size=512, steps=2000, batch_size=64,
         lr=2e-3, text_length=16, merges=128, text_width=64, text_layers=2, channels=[64, 64],
         coordinates=1, layers=1, groups=8, heads=2, dit_width=128, dit_double=2, dit_single=2,
-        patch=1, model_steps=4000, model_batch=64, model_lr=2e-3, ema=0.998, side_width=48,
+        patch=1, model_steps=3000, model_batch=64, model_lr=4e-3, ema=0.998, side_width=48,
         side_steps=1500, side_batch=128, side_lr=2e-3, warmup=50, guidance=3.0,
         sample_steps=25, num=8, every=500),
     "base": dict(  # a GPU
