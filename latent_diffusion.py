@@ -974,8 +974,8 @@ def make_backbone(args):
 
 class Denoiser(nn.Module):
     """Text encoder and backbone: f(z_t, t, text). Convolutions do not know where they are, but by
-    the zeros at the border. For a U-Net that is to learn "left of" within minutes, two channels
-    more, the coordinates, say it (Liu et al. 2018, CoordConv)."""
+    the zeros at the border; two channels more, the coordinates, tell a U-Net (Liu et al. 2018,
+    CoordConv). How much that helps is not measured yet."""
 
     def __init__(self, args, vocabulary):
         super().__init__()

@@ -13,6 +13,7 @@ import torch
 import dalle_mini
 import ddpm
 import fid
+import latent_diffusion
 import pixelcnn
 import vqvae
 
@@ -219,3 +220,37 @@ def test_readme_tells_the_dalle_checkpoint(stream):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"{count:,} parameters" in readme and ckpt["step"] == args.side_steps
     assert re.search(rf"dalle_mini.py --train .*--model-steps {args.model_steps}\b", readme)
+
+
+@pytest.fixture(scope="module")
+def latents():
+    """pretrained/latent_diffusion.pt, ready to use, as main makes it so."""
+    ckpt = latent_diffusion.read_checkpoint(ROOT / "pretrained/latent_diffusion.pt")
+    args = latent_diffusion.parse_args(["--sample", "--device", "cpu"], ckpt["config"])
+    latent_diffusion.use_device(args)
+    model = latent_diffusion.LatentDiffusion(args).eval()
+    ckpt["model"] |= {k.replace("ema.", "denoiser.", 1): v for k, v in ckpt["model"].items()
+                      if k.startswith("ema.")}
+    latent_diffusion.load_state(model, ckpt, "model")
+    return args, model, ckpt
+
+
+@pytest.mark.parametrize("seen, least", [(True, 0.95), (False, 0.90)])
+def test_latent_diffusion_draws_what_is_asked_for(latents, seen, least):
+    """All of 100 scenes of two digits at once, read by the enclosed checker, for pairs of digit and
+    colour that training shows, and never shows."""
+    args, model, _ = latents
+    rng = np.random.default_rng(5)
+    wanted = latent_diffusion.random_facts(100, rng, seen, single=0)
+    text = model.tokens([latent_diffusion.describe(f, rng.random() < 0.5) for f in wanted])
+    x = latent_diffusion.draw_texts(args, model, text, 1).flatten(0, 1)
+    right = latent_diffusion.accuracy(model.checker, x, torch.from_numpy(wanted))[3]
+    assert right.mean() >= least
+
+
+def test_readme_tells_the_latent_diffusion_checkpoint(latents):
+    args, model, ckpt = latents
+    count = sum(p.numel() for p in model.ema.parameters())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{count:,} parameters" in readme and ckpt["step"] == args.side_steps
+    assert re.search(rf"latent_diffusion.py --train .*--model-steps {args.model_steps}\b", readme)
