@@ -319,6 +319,17 @@ def test_rotary_knows_differences_of_places():
     assert float(ld.rotary(q, at(3, 4)).norm()) == pytest.approx(float(q.norm()), rel=1e-5)
 
 
+def test_joint_attention_knows_differences_of_places():
+    """Both queries and keys are turned: moving all places alike changes nothing, moving one does."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 5, 8)
+    place = torch.tensor([[0.0, 0], [1, 1], [1, 2], [2, 1], [2, 2]])
+    one = ld.joint_attention(q, k, v, place)
+    assert torch.allclose(one, ld.joint_attention(q, k, v, place + 3), atol=1e-4)
+    place[4] += 1
+    assert not torch.allclose(one, ld.joint_attention(q, k, v, place), atol=1e-3)
+
+
 def test_qk_norm():
     """Queries and keys have a root mean square of 1 a head, however large the input."""
     q, k, _ = ld.Projection(32, 4)(1000 * torch.randn(2, 5, 32))
@@ -466,6 +477,23 @@ def test_inpainting_keeps_known_pixels(own, trained, monkeypatch):
     known[3:9, 5:20] = False
     assert drawn.shape == (2, 16, 24, 3) and (drawn[:, known] == image[known]).all()
     assert (drawn[:, ~known] != image[~known]).any() and (drawn[0] != drawn[1]).any()
+
+
+def test_inpainting_puts_known_latents_back(own, trained, monkeypatch):
+    """At each step: those with a pixel under the mask stay as they are, the others become the
+    image's, at t = 0 without noise."""
+    monkeypatch.chdir(own)
+    changes = []
+    monkeypatch.setattr(ld, "integrate", lambda guess, z, times, objective, heun, change, keep: (
+        changes.append(change), z)[1])
+    ld.main(["--inpaint", "one.png", "--mask", "mask.png", "--save", "i.npz", "--device", "cpu"])
+    z = torch.full((2, 4, 4, 6), 7.0)
+    out, noisy = changes[0](z, 0.0), changes[0](z, 0.9)
+    new = torch.zeros(4, 6, dtype=torch.bool)
+    new[:3, 1:5] = True  # pixels 3..8 by 5..19
+    assert (out[:, :, new] == 7).all() and (noisy[:, :, new] == 7).all()
+    assert not (out[:, :, ~new] == 7).any() and torch.equal(out[0], out[1])
+    assert not torch.allclose(noisy[0], noisy[1])
 
 
 def test_init_of_little_strength_keeps_the_image(own):
