@@ -21,7 +21,7 @@ Notation   x_0, x_t     x0, xt   (B, F, C, H, W)  clips in [-1, 1]; F frames, in
                                                   they cross two planes; of h x w patches
 Run        python video_diffusion.py --train                   two digits that bounce
            python video_diffusion.py --train --data orbit      a table with spheres, and a camera
-           python video_diffusion.py --given 4 --frames 24     go on from 4 real frames
+           python video_diffusion.py --given 4 --length 24     go on from 4 real frames
            python video_diffusion.py --between                 from the first and the last frame
            python video_diffusion.py --orbit --out out/orbit   around a scene, from one picture
            python video_diffusion.py --eval                    motion, or geometry, measured
@@ -67,8 +67,8 @@ from tqdm import tqdm
 
 SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
     "small": dict(  # a laptop
-        height=32, frames=8, scenes=6000, patch=4, width=72, mults=[1, 1], blocks=1, heads=2,
-        dropout=0.0, predict="x0", noisy=0.4, image_steps=800, image_lr=3e-3, steps=3600,
+        height=32, frames=8, scenes=6000, patch=2, width=40, mults=[1, 2], blocks=1, heads=2,
+        dropout=0.0, predict="x0", noisy=0.7, image_steps=800, image_lr=3e-3, steps=2400,
         batch_size=8, loose=0.125, lr=3e-3, ema=0.998, side_width=48, side_steps=1000,
         side_batch=64, side_lr=2e-3, warmup=50, sample_steps=10, num=8, every=500),
     "base": dict(  # a GPU
@@ -83,7 +83,9 @@ SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
         side_steps=5000, side_batch=256, side_lr=1e-3, warmup=5000, sample_steps=100, num=4,
         every=10_000),
 }
-CONFIG = [*SIZES["small"], "size", "data", "seed", "timesteps", "schedule", "shape"]  # kept
+# --data orbit, small: a wide network on coarse places, for colours must find their way far
+ORBIT = dict(patch=4, width=72, mults=[1, 1], noisy=0.4, steps=3600)
+CONFIG = [*SIZES["small"], "size", "data", "seed", "schedule", "shape"]  # kept
 
 
 def parse_args(argv=None, config=None):
@@ -130,7 +132,6 @@ def parse_args(argv=None, config=None):
     add("--dropout", type=share, help="in the ResBlocks")
     add("--predict", choices=["eps", "x0", "v"], help="what the network answers")
     add("--schedule", choices=["linear", "cosine"], default="cosine", help="of the noise")
-    add("--timesteps", type=positive, default=1000, metavar="T", help="diffusion steps")
     # training
     add("--stage", choices=["both", "image", "video"], default="both",
         help="pictures first, then clips; or one of them alone")
@@ -153,10 +154,11 @@ def parse_args(argv=None, config=None):
     add("--num", type=positive, help="clips")
     add("--save", type=Path, help="where the samples go, by default OUT/samples.npz")
     add("--sample-steps", type=positive, help="evaluations of the network from noise to clip")
-    p.set_defaults(**(config or {}))
+    p.set_defaults(**{"timesteps": 1000, **(config or {})})
     args = p.parse_args(argv)
     args.size = args.size or ("small" if pick_device(args.device) == "cpu" else "base")
-    for key, value in SIZES[args.size].items():
+    preset = SIZES[args.size] | (ORBIT if (args.size, args.data) == ("small", "orbit") else {})
+    for key, value in preset.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     for wrong, message in (
@@ -274,12 +276,13 @@ def bounce(start, velocity, frames, low, high):
 
 
 def digit_clips(digits, labels, n, frames, H):
-    """n clips of two digits, which bounce: video (n, F, 1, H, H) in [-1, 1], centres (n, F, 2, 2)
-    as (row, column) in pixels, labels (n, 2). digits (M, 1, s, s) in 0..1. Randomness: torch's."""
+    """n clips of two digits that move by half a pixel to 2 pixels a frame (at 32 x 32) and bounce:
+    video (n, F, 1, H, H) in [-1, 1], centres (n, F, 2, 2) as (row, column) in pixels, labels
+    (n, 2). digits (M, 1, s, s) in 0..1. Randomness: torch's."""
     s, device = digits.shape[-1], digits.device
     pick = torch.randint(len(digits), (n, 2), device=device)
     start = s / 2 + (H - s) * torch.rand(n, 2, 2, device=device)
-    speed = (1 + 2 * torch.rand(n, 2, device=device)) * H / 32  # 1..3 pixels a frame at 32 x 32
+    speed = (0.5 + 1.5 * torch.rand(n, 2, device=device)) * H / 32  # pixels a frame
     angle = 2 * math.pi * torch.rand(n, 2, device=device)
     velocity = speed[..., None] * torch.stack([angle.sin(), angle.cos()], -1)
     centres = bounce(start, velocity, frames, s / 2, H - s / 2).permute(0, 3, 1, 2)  # (n, F, 2, 2)
@@ -516,7 +519,6 @@ class ResBlock(nn.Module):
         h = h + self.time(F.silu(emb))[:, :, None, None]  # f(t): the same at every place
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.attention(self.skip(x) + h)
-
 
 
 class FrameUNet(nn.Module):
@@ -2039,7 +2041,7 @@ def main(argv=None):
         ckpt = read_checkpoint(path)
         args = parse_args(argv, ckpt["config"])
         for key in ("data", "size", "height", "frames", "patch", "width", "mults", "blocks",
-                    "heads", "predict", "schedule", "timesteps", "side_width"):
+                    "heads", "predict", "schedule", "side_width"):
             if getattr(args, key) != ckpt["config"][key]:
                 die(f"--{key.replace('_', '-')} {getattr(args, key)}: {path} was trained with "
                     f"{ckpt['config'][key]}")

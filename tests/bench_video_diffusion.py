@@ -47,7 +47,7 @@ def our_sample():
 
 kinds = {"ours": (net, our_step, our_sample, args.sample_steps)}
 if Unet3D:
-    peer = Unet3D(dim=16, dim_mults=(1, 2, 4), attn_heads=4)
+    peer = Unet3D(dim=24, dim_mults=(1, 2, 4), attn_heads=4)
     diffusion = GaussianDiffusion(peer, image_size=32, num_frames=8, timesteps=1000, loss_type="l2")
     theirs = video.transpose(1, 2).add(1).div(2)
 
