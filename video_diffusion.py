@@ -26,7 +26,8 @@ Run        python video_diffusion.py --train                   two digits that b
            python video_diffusion.py --orbit --out out/orbit   around a scene, from one picture
            python video_diffusion.py --eval                    motion, or geometry, measured
 Expect     --data orbit, 12 minutes on 2 CPU cores: new views from one picture at 20.8 dB (that
-           picture copied: 10.9), spheres 1.3 pixels from where they should be. GPU: not measured.
+           picture copied: 10.9), spheres 1.3 pixels from where they should be. Moving digits, 16
+           minutes: they bounce, but change their shape on the way. GPU: not measured.
            In out/video_diffusion/: model.pt, samples (.npz, .png, and _film.png, which moves),
            prediction, attention, for orbit also orbit and epipolar (.png), loss (.png, .csv).
 Left out   text, the cascade that makes videos large, a first stage of latents (see
@@ -523,8 +524,8 @@ class ResBlock(nn.Module):
 
 class FrameUNet(nn.Module):
     """The 2-D network, f(x_t, t, rays) of single frames: the U-Net of ddpm.py, but that more
-    channels may come in than go out, and that `between(i, h)`, if given, has its say behind the
-    last block of each size."""
+    channels may come in than go out (`more`: what is told of each patch, see Clips.rays), and that
+    `between(i, h)`, if given, may change what leaves the last block of each size."""
 
     def __init__(self, C, C_more, patch, width, mults, blocks, dropout):
         super().__init__()
@@ -1143,7 +1144,7 @@ def new_views(args, model):
         scenes = Scenes(*(a.to(args.device) for a in scenes))
         truth = video = to_float(render_clips(scenes, K, pose, H))
         save_png(args.out / "view.png", to_uint8(video[0, :1]).permute(0, 2, 3, 1).cpu().numpy())
-        np.savez(args.out / "cameras.npz", K=K[0].cpu(), pose=pose[0].cpu())
+        save_npz(args.out / "cameras.npz", pose[0].cpu(), K=K[0].cpu(), pose=pose[0].cpu())
     x = long_clips(args, model, Clips(video, K, pose), 1)
     shown = range(0, x.shape[1], max(1, x.shape[1] // 8))
     save_png(args.out / "orbit.png", film_strip(
@@ -1160,9 +1161,9 @@ def epipolar_lines(x, K, pose, width=192):
     H = x.shape[-1]
     k, half = width // H, H // 2
     colour = F.avg_pool2d(eye_catching(x[0]), 5, 1, 2, count_include_pad=False)[0].cpu()  # (H, H)
-    left, right = (int(part.flatten().argmax()) for part in colour.split(half, 1))
-    pixels = torch.tensor([[left % half, left // half], [half + right % half, right // half],
-                           [half, 3 * H // 4]]) + 0.5  # (u, v)
+    (v1, u1), (v2, u2) = (divmod(int(part.flatten().argmax()), part.shape[1])
+                          for part in (colour[:, :half], colour[:, half:]))
+    pixels = torch.tensor([[u1, v1], [half + u2, v2], [half, 3 * H // 4]]) + 0.5  # (u, v)
     tiles = []
     for f in range(len(x)):
         tile = to_uint8(x[f]).permute(1, 2, 0).cpu().numpy().repeat(k, 0).repeat(k, 1)
