@@ -35,7 +35,7 @@ Left out   text, the cascade that makes videos large, a first stage of latents (
            is known
 Try        1. --stage video: no pictures first. What is the held-out error after equal time?
            2. --loose 0 and 0.5: clips alone, or half of the batch single pictures?
-           3. TimeAttention without `same`: how long until frames find one another?
+           3. TimeBlock without `same`: how long until frames find one another?
 Papers     Ho et al. 2022, Video Diffusion Models; Sarkar et al. 2024, Shadows Don't Lie and Lines
            Can't Bend!; Watson et al. 2023, Novel View Synthesis with Diffusion Models; Guo et al.
            2024, AnimateDiff; Srivastava et al. 2015, Unsupervised Learning of Video
@@ -69,23 +69,23 @@ from tqdm import tqdm
 SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
     "small": dict(  # a laptop
         height=32, frames=8, scenes=6000, patch=2, width=40, mults=[1, 2], blocks=1, heads=2,
-        dropout=0.0, predict="x0", noisy=0.7, image_steps=800, image_lr=3e-3, steps=2400,
-        batch_size=8, loose=0.125, lr=3e-3, ema=0.998, side_width=48, side_steps=1000,
+        time_kernel=0, dropout=0.0, predict="x0", noisy=0.7, image_steps=800, image_lr=3e-3,
+        steps=2400, batch_size=8, loose=0.125, lr=3e-3, ema=0.998, side_width=48, side_steps=1000,
         side_batch=64, side_lr=2e-3, warmup=50, sample_steps=10, num=8, every=500),
     "base": dict(  # a GPU
         height=64, frames=16, scenes=50_000, patch=4, width=128, mults=[1, 2], blocks=2, heads=4,
-        dropout=0.0, predict="x0", noisy=0.5, image_steps=20_000, image_lr=5e-4, steps=50_000,
-        batch_size=64, loose=0.125, lr=5e-4, ema=0.9995, side_width=96, side_steps=5000,
+        time_kernel=3, dropout=0.0, predict="x0", noisy=0.5, image_steps=20_000, image_lr=5e-4,
+        steps=50_000, batch_size=64, loose=0.125, lr=5e-4, ema=0.9995, side_width=96, side_steps=5000,
         side_batch=256, side_lr=1e-3, warmup=1000, sample_steps=20, num=8, every=5000),
     "paper": dict(  # of the kind of Ho et al. 2022
         height=64, frames=16, scenes=200_000, patch=1, width=128, mults=[1, 2, 4, 8], blocks=2,
-        heads=8, dropout=0.1, predict="eps", noisy=1.0, image_steps=100_000, image_lr=1e-4,
-        steps=400_000, batch_size=128, loose=0.125, lr=1e-4, ema=0.9999, side_width=96,
+        heads=8, time_kernel=3, dropout=0.1, predict="eps", noisy=1.0, image_steps=100_000,
+        image_lr=1e-4, steps=400_000, batch_size=128, loose=0.125, lr=1e-4, ema=0.9999, side_width=96,
         side_steps=5000, side_batch=256, side_lr=1e-3, warmup=5000, sample_steps=100, num=4,
         every=10_000),
 }
 # --data orbit, small: a wide network on coarse places, for colours must find their way far
-ORBIT = dict(patch=4, width=72, mults=[1, 1], noisy=0.4, steps=3600)
+ORBIT = dict(patch=4, width=72, mults=[1, 1], time_kernel=0, noisy=0.4, steps=3600)
 CONFIG = [*SIZES["small"], "size", "data", "seed", "schedule", "shape"]  # kept
 
 
@@ -130,6 +130,8 @@ def parse_args(argv=None, config=None):
     add("--mults", type=positive, nargs="+", metavar="M", help="width times these, a size each")
     add("--blocks", type=positive, help="ResBlocks a size on the way down")
     add("--heads", type=positive, help="of attention in time; they must divide the channels")
+    add("--time-kernel", type=int, choices=[0, 1, 3], help="height and width of the convolution "
+        "over the frame before, this one and the next; 0: none")
     add("--dropout", type=share, help="in the ResBlocks")
     add("--predict", choices=["eps", "x0", "v"], help="what the network answers")
     add("--schedule", choices=["linear", "cosine"], default="cosine", help="of the noise")
@@ -581,14 +583,18 @@ class FrameUNet(nn.Module):
         return F.pixel_shuffle(h, self.patch).float()
 
 
-class TimeAttention(nn.Module):
-    """Frames look at one another. everywhere: each place at all places of all frames, which a
-    moving camera needs; else at the same place only, which is cheap on large maps. What it adds is
-    zero at the start: then a clip is a pile of pictures, as before."""
+class TimeBlock(nn.Module):
+    """Joins frames: a convolution over the frames beside (kernel: its height and width; 0: none),
+    for what moves a little, then attention, for what is far. everywhere: each place looks at all
+    places of all frames, which a moving camera needs; else at the same place only, which is cheap
+    on large maps. What both add is zero at the start: then a clip is a pile of pictures."""
 
-    def __init__(self, C, C_more, heads, joint):
+    def __init__(self, C, C_more, heads, kernel, joint):
         super().__init__()
         self.heads, self.joint, self.seen = heads, joint, None
+        if kernel:
+            self.norm_conv = group_norm(C)
+            self.conv = zero(nn.Conv3d(C, C, (3, kernel, kernel), padding=(1, *[kernel // 2] * 2)))
         self.norm, self.place = group_norm(C), nn.Linear(3 * 32, C)
         # added to queries and keys alike: what is told alike is looked at first, before anything
         # is learned. With random queries and keys it takes thousands of steps to find what fits.
@@ -599,6 +605,9 @@ class TimeAttention(nn.Module):
     def forward(self, x, frames, more):
         """x (B F, C, h, w) -> the same; frames: F; more (B F, C_more, H', W')."""
         h, w = x.shape[2:]
+        if hasattr(self, "conv"):
+            a = F.silu(self.norm_conv(x)).unflatten(0, (-1, frames)).transpose(1, 2)
+            x = x + self.conv(a).transpose(1, 2).flatten(0, 1)  # (B F, C, h, w)
         everywhere = max(h, w) <= self.joint
         rows = lambda b: b.flatten(2).mT.unflatten(0, (-1, frames))  # -> (B, F, h w, C)
         # which frame, row and column: without it time would have no direction
@@ -625,11 +634,11 @@ class VideoUNet(nn.Module):
     """f(x_t, t, rays) of clips: `image`, the 2-D network, whose checkpoints load unchanged, and
     `time`, what is added for video."""
 
-    def __init__(self, C, C_more, patch, width, mults, blocks, dropout, heads, joint=8):
+    def __init__(self, C, C_more, patch, width, mults, blocks, dropout, heads, kernel, joint=8):
         super().__init__()
         self.image = FrameUNet(C, C_more, patch, width, mults, blocks, dropout)
         levels = [*range(len(mults)), len(mults) - 1, *reversed(range(len(mults)))]
-        self.time = nn.ModuleList([TimeAttention(mults[i] * width, C_more, heads, joint)
+        self.time = nn.ModuleList([TimeBlock(mults[i] * width, C_more, heads, kernel, joint)
                                    for i in levels])
 
     def forward(self, x, t, rays, clips=None):
@@ -780,7 +789,7 @@ class Film(nn.Module):
         super().__init__()
         C, more = args.shape[0], 34 if args.data == "orbit" else 21
         self.net = VideoUNet(C, more, args.patch, args.width, args.mults, args.blocks,
-                             args.dropout, args.heads)
+                             args.dropout, args.heads, args.time_kernel)
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
         if args.data == "moving-mnist":
             self.tracker = Tracker(args.side_width)
@@ -2042,7 +2051,7 @@ def main(argv=None):
         ckpt = read_checkpoint(path)
         args = parse_args(argv, ckpt["config"])
         for key in ("data", "size", "height", "frames", "patch", "width", "mults", "blocks",
-                    "heads", "predict", "schedule", "side_width"):
+                    "heads", "time_kernel", "predict", "schedule", "side_width"):
             if getattr(args, key) != ckpt["config"][key]:
                 die(f"--{key.replace('_', '-')} {getattr(args, key)}: {path} was trained with "
                     f"{ckpt['config'][key]}")

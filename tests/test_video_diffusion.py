@@ -335,7 +335,7 @@ def test_attention_at_the_same_place_only_or_everywhere():
     """On maps larger than `joint` a place sees itself in other frames and no other place."""
     torch.manual_seed(0)
     for joint, spreads in ((2, False), (8, True)):
-        layer = vd.TimeAttention(8, 5, 2, joint)
+        layer = vd.TimeBlock(8, 5, 2, 0, joint)
         torch.nn.init.normal_(layer.out.weight)
         x, more = torch.randn(3, 8, 4, 4), torch.randn(3, 5, 8, 8)
         y = x.clone()
