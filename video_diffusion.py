@@ -27,7 +27,8 @@ Run        python video_diffusion.py --train                   two digits that b
            python video_diffusion.py --eval                    motion, or geometry, measured
 Expect     --data orbit, 12 minutes on 2 CPU cores: new views from one picture at 20.8 dB (that
            picture copied: 10.9), spheres 1.3 pixels from where they should be. Moving digits, 16
-           minutes: they bounce, but change their shape on the way. One H100: 476 clips/s at --size base.
+           minutes: they bounce, but change their shape on the way. One H100, --size base: 476
+           clips/s.
            In out/video_diffusion/: model.pt, samples (.npz, .png, and _film.png, which moves),
            prediction, attention, for orbit also orbit and epipolar (.png), loss (.png, .csv).
 Left out   text, the cascade that makes videos large, a first stage of latents (see
