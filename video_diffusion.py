@@ -77,12 +77,14 @@ SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
         height=64, frames=16, scenes=50_000, patch=4, width=128, mults=[1, 2], blocks=2, heads=4,
         time_kernel=3, dropout=0.0, predict="x0", noisy=0.5, image_steps=20_000, image_lr=5e-4,
         steps=50_000, batch_size=64, loose=0.125, lr=5e-4, ema=0.9995, side_width=96,
-        side_steps=5000, side_batch=256, side_lr=1e-3, warmup=1000, sample_steps=20, num=8, every=5000),
+        side_steps=5000, side_batch=256, side_lr=1e-3, warmup=1000, sample_steps=20, num=8,
+        every=5000),
     "paper": dict(  # of the kind of Ho et al. 2022
         height=64, frames=16, scenes=200_000, patch=1, width=128, mults=[1, 2, 4, 8], blocks=2,
         heads=8, time_kernel=3, dropout=0.1, predict="eps", noisy=1.0, image_steps=100_000,
         image_lr=1e-4, steps=400_000, batch_size=128, loose=0.125, lr=1e-4, ema=0.9999,
-        side_width=96, side_steps=5000, side_batch=256, side_lr=1e-3, warmup=5000, sample_steps=100, num=4,
+        side_width=96, side_steps=5000, side_batch=256, side_lr=1e-3, warmup=5000,
+        sample_steps=100, num=4,
         every=10_000),
 }
 # --data orbit, small: a wide network on coarse places, for colours must find their way far
