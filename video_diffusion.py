@@ -84,11 +84,11 @@ SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
         heads=8, time_kernel=3, dropout=0.1, predict="eps", noisy=1.0, image_steps=100_000,
         image_lr=1e-4, steps=400_000, batch_size=128, loose=0.125, lr=1e-4, ema=0.9999,
         side_width=96, side_steps=5000, side_batch=256, side_lr=1e-3, warmup=5000,
-        sample_steps=100, num=4,
-        every=10_000),
+        sample_steps=100, num=4, every=10_000),
 }
-# --data orbit, small: a wide network on coarse places, for colours must find their way far
-ORBIT = dict(patch=4, width=72, mults=[1, 1], time_kernel=0, noisy=0.4, steps=3600)
+# --data orbit: a wide network on coarse places, for colours must find their way far. A convolution
+# over time does not help, and frames are not always side by side (see windows)
+ORBIT = {"small": dict(patch=4, width=72, mults=[1, 1], noisy=0.4, steps=3600)}
 CONFIG = [*SIZES["small"], "size", "data", "seed", "schedule", "shape"]  # kept
 
 
@@ -163,7 +163,9 @@ def parse_args(argv=None, config=None):
     p.set_defaults(**{"timesteps": 1000, **(config or {})})
     args = p.parse_args(argv)
     args.size = args.size or ("small" if pick_device(args.device) == "cpu" else "base")
-    preset = SIZES[args.size] | (ORBIT if (args.size, args.data) == ("small", "orbit") else {})
+    preset = SIZES[args.size]
+    if args.data == "orbit":
+        preset = preset | ORBIT.get(args.size, {}) | dict(time_kernel=0)
     for key, value in preset.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -608,7 +610,7 @@ class TimeBlock(nn.Module):
     def forward(self, x, frames, more):
         """x (B F, C, h, w) -> the same; frames: F; more (B F, C_more, H', W')."""
         h, w = x.shape[2:]
-        if hasattr(self, "conv"):
+        if hasattr(self, "conv"):  # (B, C, F, h, w)
             a = F.silu(self.norm_conv(x)).unflatten(0, (-1, frames)).transpose(1, 2)
             x = x + self.conv(a).transpose(1, 2).flatten(0, 1)  # (B F, C, h, w)
         everywhere = max(h, w) <= self.joint
@@ -1468,7 +1470,7 @@ def geometry_of(x, scenes, K, pose):
             found[4] += shadows_found(picture, scene, (table & same(tile))[f].numpy(),
                                       point[f].mean(2).numpy(), tile[f, ..., 0].numpy(),
                                       lit[f].any(-1).numpy())
-    mean = [np.nanmean(v) if len(v) else np.nan for v in found]
+    mean = [np.mean(ok) if (ok := [a for a in v if np.isfinite(a)]) else np.nan for v in found]
     return mean[0], np.isfinite(found[0]).mean(), *mean[1:]
 
 

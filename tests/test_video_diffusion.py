@@ -27,11 +27,12 @@ def rotation(seed=0):
 
 
 def small(data="orbit", **flags):
-    """Arguments and a random Film: clips of 3 frames, 16 x 16."""
+    """Arguments and a random Film: clips of 4 frames, 16 x 16; digits with a convolution over time."""
     argv = ["--data", data, "--device", "cpu", *"--height 16 --frames 4 --patch 2 --width 8 --mults 1 2 "
             "--heads 1 --sample-steps 3 --num 2 --scenes 4 --side-width 4".split()]
     args = vd.parse_args(argv)
     args.bf16, args.shape = False, [3 if data == "orbit" else 1, 16, 16]
+    args.time_kernel = 0 if data == "orbit" else 3
     for key, value in flags.items():
         setattr(args, key, value)
     torch.manual_seed(0)
@@ -311,6 +312,26 @@ def test_order_of_frames_matters():
         x, t, rays = a_clip(args)
         rays = rays[:, :1].expand_as(rays)
         assert (model.net(x.flip(1), t, rays).flip(1) - model.net(x, t, rays)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_convolution_reaches_the_frames_beside(kernel):
+    """It adds nothing at the start; then a change in a frame is seen one frame on and before, as far
+    as the kernel is wide, and not further."""
+    torch.manual_seed(0)
+    layer = vd.TimeBlock(8, 5, 2, kernel, 8)
+    x, more = torch.randn(10, 8, 6, 6), torch.randn(10, 5, 6, 6)  # two clips of 5 frames
+    y = x.clone()
+    y[2, :, 3, 3] += 1
+    with torch.no_grad():
+        assert torch.equal(layer(x, 5, more), x)
+        torch.nn.init.normal_(layer.conv.weight)
+        layer.norm_conv = torch.nn.Identity()  # the norm spreads within a frame
+        moved = (layer(x, 5, more) - layer(y, 5, more)).abs().amax(1) > 1e-4  # (10, 6, 6)
+    want = torch.zeros(10, 6, 6, dtype=torch.bool)
+    r = kernel // 2
+    want[1:4, 3 - r:4 + r, 3 - r:4 + r] = True
+    assert torch.equal(moved, want)
 
 
 def test_time_learns_from_the_second_step():
