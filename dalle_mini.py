@@ -53,6 +53,7 @@ import sys
 import tarfile
 import time
 import urllib.request
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -1090,8 +1091,7 @@ def image_file(args, flag, path, any_channels=False):
             x = read_png(path.read_bytes())[None]
         except NotImplementedError:
             die(f"{flag} {path}: only PNG with 8 bits, not interlaced, is read")
-        except (ValueError, LookupError, TypeError, UnboundLocalError, struct.error,
-                zlib.error) as e:
+        except Exception as e:
             die(f"{flag} {path} is cut off or damaged ({e})")
         x = x.transpose(0, 3, 1, 2)
     else:
@@ -1273,11 +1273,14 @@ def load_pairs(args, split):
         die(f"--data {args.data} is not known; expected mnist, or a .npz file with images and "
             "captions")
     images, _ = own_data(args.data)
-    captions = np.load(args.data).get("captions")
-    if captions is None or captions.dtype.kind != "U" or captions.shape != (len(images),):
+    captions = np.asarray(np.load(args.data).get("captions"))
+    if captions.dtype.kind != "U" or captions.shape != (len(images),):
         die(f"--data {args.data}: expected 'captions', a text for each of {len(images)} images")
     part = (np.arange(len(images)) % 10 == 1) == (split == "test")
-    texts = [" ".join(text.lower().split()) for text in captions[part].tolist()]
+    try:
+        texts = [" ".join(text.lower().split()) for text in captions[part].tolist()]
+    except Exception as e:
+        die(f"--data {args.data}: captions are damaged ({e})")
     return torch.from_numpy(images[part].copy()).to(args.device), texts, None
 
 
@@ -1382,8 +1385,25 @@ def setup(args):
     """use_device, the output folder, and the first line printed."""
     use_device(args)
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.train and RANK == 0:
+        claim(args)
     say(f"{args.device}, torch {torch.__version__}, {'bf16' if args.bf16 else 'float32'}, "
         f"size {args.size}, writing to {args.out}")
+
+
+def claim(args):
+    """Refuses an output folder that another training writes to; ends with the process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    args.lock = open(args.out / ".lock", "w")
+    try:
+        fcntl.lockf(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        die(f"--out {args.out}: another training is writing there; choose another folder")
+    except OSError:  # a file system without locks
+        pass
 
 
 def autocast(args):
@@ -1474,7 +1494,7 @@ def own_data(path):
     try:
         file = np.load(path)
         named = not isinstance(file, np.ndarray)
-        arrays = {k: file[k] for k in file.files} if named else {"images": file}
+        arrays = {k: np.asarray(file[k]) for k in file.files} if named else {"images": file}
     except Exception as e:
         die(f"--data {path} cannot be read: {e}")
     images, labels = arrays.get("images", arrays.get("arr_0")), arrays.get("labels")
@@ -1484,8 +1504,8 @@ def own_data(path):
         die(f"--data {path}: expected 'images', uint8 of (N, H, W) or (N, H, W, 1 or 3), two or "
             f"more; found {found}")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"
-                               or labels.min() < 0):
-        die(f"--data {path}: expected 'labels', whole numbers from 0, one an image; found {found}")
+                               or labels.min() < 0 or labels.max() > 65535):
+        die(f"--data {path}: expected 'labels', one an image, from 0 to 65535; found {found}")
     return images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2), labels
 
 
@@ -1553,7 +1573,8 @@ def read_png(data):
             pixels += body
         at += 12 + length
     C = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]  # grey, RGB, palette, grey and alpha, RGBA
-    rows = np.frombuffer(zlib.decompress(pixels), np.uint8).reshape(H, 1 + W * C)
+    pixels = zlib.decompressobj().decompress(pixels, H * (1 + W * C) + 1)  # and no bomb
+    rows = np.frombuffer(pixels, np.uint8).reshape(H, 1 + W * C)
     kinds, x = rows[:, 0], rows[:, 1:].reshape(H, W, C)
     if kinds.max() > 4:
         raise ValueError(f"filter {kinds.max()}")
@@ -1659,6 +1680,9 @@ def save_checkpoint(path, state):
 def read_checkpoint(path):
     """A checkpoint that this file wrote, on the CPU; nothing in it is run."""
     try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch.load does not compare checksums
+                raise ValueError(damaged)
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         die(f"{path} is not there; train first: python {NAME}.py --train")

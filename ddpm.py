@@ -50,6 +50,7 @@ import sys
 import tarfile
 import time
 import urllib.request
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -983,8 +984,25 @@ def setup(args):
     """use_device, the output folder, and the first line printed."""
     use_device(args)
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.train and RANK == 0:
+        claim(args)
     say(f"{args.device}, torch {torch.__version__}, {'bf16' if args.bf16 else 'float32'}, "
         f"size {args.size}, writing to {args.out}")
+
+
+def claim(args):
+    """Refuses an output folder that another training writes to; ends with the process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    args.lock = open(args.out / ".lock", "w")
+    try:
+        fcntl.lockf(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        die(f"--out {args.out}: another training is writing there; choose another folder")
+    except OSError:  # a file system without locks
+        pass
 
 
 def autocast(args):
@@ -1083,7 +1101,7 @@ def own_data(path):
     try:
         file = np.load(path)
         named = not isinstance(file, np.ndarray)
-        arrays = {k: file[k] for k in file.files} if named else {"images": file}
+        arrays = {k: np.asarray(file[k]) for k in file.files} if named else {"images": file}
     except Exception as e:
         die(f"--data {path} cannot be read: {e}")
     images, labels = arrays.get("images", arrays.get("arr_0")), arrays.get("labels")
@@ -1093,8 +1111,8 @@ def own_data(path):
         die(f"--data {path}: expected 'images', uint8 of (N, H, W) or (N, H, W, 1 or 3), two or "
             f"more; found {found}")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"
-                               or labels.min() < 0):
-        die(f"--data {path}: expected 'labels', whole numbers from 0, one an image; found {found}")
+                               or labels.min() < 0 or labels.max() > 65535):
+        die(f"--data {path}: expected 'labels', one an image, from 0 to 65535; found {found}")
     return images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2), labels
 
 
@@ -1230,6 +1248,9 @@ def save_checkpoint(path, state):
 def read_checkpoint(path):
     """A checkpoint that this file wrote, on the CPU; nothing in it is run."""
     try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch.load does not compare checksums
+                raise ValueError(damaged)
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         die(f"{path} is not there; train first: python {NAME}.py --train")

@@ -598,7 +598,7 @@ def read_array(path):
                     x = (x * 255).round().astype(np.uint8)
                 y = None if labels is None else torch.from_numpy(labels[at:at + 500].astype(int))
                 yield torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), y
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
+    except Exception as e:
         die(f"{path} cannot be read: {e}")
 
 
@@ -626,7 +626,7 @@ def read_image(path):
             return read_png(data)
     except NotImplementedError:
         pass
-    except (ValueError, LookupError, TypeError, UnboundLocalError, struct.error, zlib.error) as e:
+    except Exception as e:
         die(f"{path} is cut off or damaged ({e})")
     try:
         from PIL import Image
@@ -660,7 +660,8 @@ def read_png(data):
             pixels += body
         at += 12 + length
     C = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]  # grey, RGB, palette, grey and alpha, RGBA
-    rows = np.frombuffer(zlib.decompress(pixels), np.uint8).reshape(H, 1 + W * C)
+    pixels = zlib.decompressobj().decompress(pixels, H * (1 + W * C) + 1)  # and no bomb
+    rows = np.frombuffer(pixels, np.uint8).reshape(H, 1 + W * C)
     kinds, x = rows[:, 0], rows[:, 1:].reshape(H, W, C)
     if kinds.max() > 4:
         raise ValueError(f"filter {kinds.max()}")
@@ -1209,7 +1210,7 @@ def read_votes(path):
                 raise ValueError(f"line {number}")
             votes.append(line)
         return {k: header[k] for k in ("A", "B", "digest", "seed", "num", "repeats")}, votes
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
+    except Exception as e:
         die(f"{path} is no file of votes, or an altered one ({type(e).__name__}: {e})")
 
 
@@ -1226,11 +1227,14 @@ def read_pairs(args):
         prompts.append(None if labels[0] is None else
                        [f"class {y}" for y in torch.cat(labels).tolist()])
         if spec.endswith(".npz") and "captions" in (file := np.load(spec)).files:
-            captions = file["captions"]
+            try:
+                captions = np.asarray(file["captions"])
+                prompts[-1] = captions.tolist()
+            except Exception as e:
+                die(f"{spec}: captions are damaged ({e})")
             if captions.dtype.kind != "U" or captions.shape != (len(sets[-1]),):
                 die(f"{spec}: expected captions, one string an image; found {captions.dtype} "
                     f"{captions.shape}")
-            prompts[-1] = captions.tolist()
     A, B = sets
     if A.shape[:3] != B.shape[:3]:
         die(f"--vote: {args.vote[0]} and {args.vote[1]} differ, {A.shape} and {B.shape}: expected "
@@ -1540,8 +1544,25 @@ def setup(args):
     """use_device, the output folder, and the first line printed."""
     use_device(args)
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.train and RANK == 0:
+        claim(args)
     say(f"{args.device}, torch {torch.__version__}, {'bf16' if args.bf16 else 'float32'}, "
         f"size {args.size}, writing to {args.out}")
+
+
+def claim(args):
+    """Refuses an output folder that another training writes to; ends with the process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    args.lock = open(args.out / ".lock", "w")
+    try:
+        fcntl.lockf(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        die(f"--out {args.out}: another training is writing there; choose another folder")
+    except OSError:  # a file system without locks
+        pass
 
 
 def autocast(args):
@@ -1640,7 +1661,7 @@ def own_data(path):
     try:
         file = np.load(path)
         named = not isinstance(file, np.ndarray)
-        arrays = {k: file[k] for k in file.files} if named else {"images": file}
+        arrays = {k: np.asarray(file[k]) for k in file.files} if named else {"images": file}
     except Exception as e:
         die(f"--data {path} cannot be read: {e}")
     images, labels = arrays.get("images", arrays.get("arr_0")), arrays.get("labels")
@@ -1650,8 +1671,8 @@ def own_data(path):
         die(f"--data {path}: expected 'images', uint8 of (N, H, W) or (N, H, W, 1 or 3), two or "
             f"more; found {found}")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"
-                               or labels.min() < 0):
-        die(f"--data {path}: expected 'labels', whole numbers from 0, one an image; found {found}")
+                               or labels.min() < 0 or labels.max() > 65535):
+        die(f"--data {path}: expected 'labels', one an image, from 0 to 65535; found {found}")
     return images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2), labels
 
 
@@ -1775,6 +1796,9 @@ def save_checkpoint(path, state):
 def read_checkpoint(path):
     """A checkpoint that this file wrote, on the CPU; nothing in it is run."""
     try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch.load does not compare checksums
+                raise ValueError(damaged)
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         die(f"{path} is not there; train first: python {NAME}.py --train")

@@ -18,6 +18,7 @@ import pixelcnn
 import vqvae
 
 ROOT = Path(ddpm.__file__).parent
+README = "".join((ROOT / name).read_text("utf-8") for name in ("README.md", "RESULTS.md"))
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +72,8 @@ def test_readme_tells_the_checkpoint(drawn):
     """The parameters and steps that the README gives are those of pretrained/ddpm.pt."""
     ckpt = ddpm.read_checkpoint(ROOT / "pretrained/ddpm.pt")
     count = sum(v.numel() for v in ckpt["ema"].values())
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"{count:,} parameters" in readme and f"{ckpt['step']:,} steps" in readme
-    assert re.search(rf"--steps {ckpt['step']}\b.*--export pretrained/ddpm.pt", readme)
+    assert f"{count:,} parameters" in README and f"{ckpt['step']:,} steps" in README
+    assert re.search(rf"--steps {ckpt['step']}\b.*--export pretrained/ddpm.pt", README)
 
 
 def test_thousand_samples_take_less_than_the_promise(drawn):
@@ -117,8 +117,7 @@ def test_pixelcnn_bits(density):
     args, model, _ = density
     x, y = pixelcnn.test_images(args, 1000)
     bits = float(-pixelcnn.log_probs(args, model, x, y).double().mean()) / 784 / math.log(2)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    told = float(re.search(r"([\d.]+) bits/dim on the first 1,000 test digits", readme)[1])
+    told = float(re.search(r"([\d.]+) bits/dim on the first 1,000 test digits", README)[1])
     assert bits < 0.90 and bits == pytest.approx(told, abs=0.002)
 
 
@@ -132,10 +131,9 @@ def test_pixelcnn_reads_digits_by_bayes_rule(density):
 def test_readme_tells_the_pixelcnn_checkpoint(density):
     ckpt = density[2]
     count = sum(v.numel() for v in ckpt["ema"].values())
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"{count:,} parameters" in readme and f"{ckpt['step']:,} steps" in readme
+    assert f"{count:,} parameters" in README and f"{ckpt['step']:,} steps" in README
     assert re.search(rf"pixelcnn.py --train --steps {ckpt['step']}\b.*--export pretrained/pixelcnn.pt",
-                     readme)
+                     README)
 
 
 @pytest.fixture(scope="module")
@@ -174,10 +172,9 @@ def test_vqvae_digits_are_of_the_class_asked_for(codes):
 def test_readme_tells_the_vqvae_checkpoint(codes):
     args, model, ckpt = codes
     count = sum(p.numel() for p in model.parameters())
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"{count:,} parameters" in readme and ckpt["step"] == args.prior_steps
+    assert f"{count:,} parameters" in README and ckpt["step"] == args.prior_steps
     assert re.search(rf"vqvae.py --train --steps {args.steps} --prior-steps {args.prior_steps}\b"
-                     ".*--export pretrained/vqvae.pt", readme)
+                     ".*--export pretrained/vqvae.pt", README)
 
 
 @pytest.fixture(scope="module")
@@ -217,9 +214,8 @@ def test_dalle_checker_reads_real_scenes(stream):
 def test_readme_tells_the_dalle_checkpoint(stream):
     args, model, ckpt = stream
     count = sum(p.numel() for p in model.parameters())
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"{count:,} parameters" in readme and ckpt["step"] == args.side_steps
-    assert re.search(rf"dalle_mini.py --train .*--model-steps {args.model_steps}\b", readme)
+    assert f"{count:,} parameters" in README and ckpt["step"] == args.side_steps
+    assert re.search(rf"dalle_mini.py --train .*--model-steps {args.model_steps}\b", README)
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +247,5 @@ def test_latent_diffusion_draws_what_is_asked_for(latents, seen, least):
 def test_readme_tells_the_latent_diffusion_checkpoint(latents):
     args, model, ckpt = latents
     count = sum(p.numel() for p in model.ema.parameters())
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"{count:,} parameters" in readme and ckpt["step"] == args.side_steps
-    assert re.search(rf"latent_diffusion.py --train .*--model-steps {args.model_steps}\b", readme)
+    assert f"{count:,} parameters" in README and ckpt["step"] == args.side_steps
+    assert re.search(rf"latent_diffusion.py --train .*--model-steps {args.model_steps}\b", README)

@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(ROOT.glob("*.py"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BOTH = README + (ROOT / "RESULTS.md").read_text(encoding="utf-8")
 HEADINGS = ["Slides", "Equations", "Notation", "Run", "Expect", "Left out", "Try", "Papers"]
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
 
@@ -94,28 +95,45 @@ def test_help(path, capsys):
 
 
 def commands():
-    """Every `python <file>.py ...` of the README's code blocks, without comments."""
-    for block in re.findall(r"```(?:sh|bash)?\n(.*?)```", README, re.S):
+    """Every `python <file>.py ...` in the code blocks of README and RESULTS, without comments, and
+    every <file>.py with flags within their text."""
+    for block in re.findall(r"```(?:sh|bash)?\n(.*?)```", BOTH, re.S):
         for line in block.splitlines():
             if match := re.search(r"(?:python|torchrun\s.*?) (\w+\.py)(.*)", line.split("#")[0]):
                 yield match.group(1), match.group(2)
+    yield from re.findall(r"`(?:python )?(\w+\.py)( [^`]*)`", BOTH)
 
 
-def test_readme_commands_parse(monkeypatch):
-    """Each command of the README names an existing file and flags that it knows."""
+def test_commands_parse(monkeypatch):
+    """Each command of README and RESULTS names an existing file and flags that it knows."""
     monkeypatch.chdir(ROOT)
     found = list(commands())
-    assert len(found) > 5
+    assert len(found) > 60
     for file, rest in found:
         assert (ROOT / file).exists(), file
         if (ROOT / file) in FILES:
             importlib.import_module(file[:-3]).parse_args(shlex.split(rest))
 
 
-def test_readme_links_and_pictures_exist():
-    """What the README links to inside the repository is there."""
-    for target in re.findall(r"\]\((?!http|#)([^)]+)\)|src=\"([^\"]+)\"", README):
-        assert (ROOT / (target[0] or target[1])).exists(), target
+def test_links_and_pictures_exist():
+    """What README and RESULTS link to inside the repository is there, and every picture is used."""
+    targets = {a or b for a, b in re.findall(r"\]\((?!http|#)([^)]+)\)|src=\"([^\"]+)\"", BOTH)}
+    for target in targets:
+        assert (ROOT / target).exists(), target
+    assert {f"assets/{p.name}" for p in (ROOT / "assets").iterdir()} <= targets
+
+
+def test_slide_map():
+    """Every section that the README's slide map names, as `file.py` 8, is a banner of that file;
+    every file is named; the README can be read in one go."""
+    table = README[README.index("## Slide by slide") : README.index("## Where the slides")]
+    for line in table.splitlines():
+        for file, numbers in re.findall(r"`(\w+\.py)` (\d+(?:(?:, | and | to )\d+)*)", line):
+            for number in re.findall(r"\d+", numbers):
+                source = (ROOT / file).read_text(encoding="utf-8")
+                assert f"\n# ---- {number}. " in source, (file, number)
+    assert all(f"`{path.stem}" in table for path in FILES)
+    assert len(README.splitlines()) <= 200
 
 
 def test_readme_counts_lines():
