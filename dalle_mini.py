@@ -24,8 +24,8 @@ Run        python dalle_mini.py --train                        all parts, sample
            python dalle_mini.py --attention                    where a code looks
 Expect     scenes of two digits, 9 minutes on 2 CPU cores: everything asked for is seen in 0.90 of
            images, in 0.57 if training never showed such digits in such colours. The enclosed model,
-           40 minutes: 0.98 and 0.73; best of 16: 1.00 and 0.83; captions found 0.96. GPU: not
-           measured. In out/dalle_mini/: model.pt, samples (.png, .npz), loss (.png, .csv),
+           40 minutes: 0.98 and 0.73; best of 16: 1.00 and 0.83; captions found 0.96. GPU: runs,
+           not timed. In out/dalle_mini/: model.pt, samples (.png, .npz), loss (.png, .csv),
            codes_000500.png, model_000500.png and so on, attention.png; by other verbs complete.png,
            enhance.png.
 Left out   the discrete VAE of the paper (Gumbel-softmax and a KL weight: a VQ-VAE here), data from

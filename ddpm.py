@@ -24,11 +24,12 @@ Run        python ddpm.py --train                             digits
            python ddpm.py --train --data spiral --out out/spiral        the flow, in the plane
            python ddpm.py --train --data cifar10 --size paper --unconditional --flip --out out/cifar
 Expect     digits: 5 minutes on 2 CPU cores; 99 of 100 samples are read as the class asked for by a
-           99.6 % classifier; 1,000 samples in 18 s. Points: under a minute. GPU: not measured yet.
+           99.6 % classifier; 1,000 samples in 18 s. Points: under a minute. One H100, --size base
+           --compile: 5,240 img/s.
            In out/ddpm/: model.pt, samples (.png, .npz), trajectory (an animation), interpolation,
            nearest, forward, loss (.png, .csv), step_000500.png and so on from the same noise.
 Left out   learned variances, the full list of samplers, other architectures; text as the
-           condition and latents instead of pixels will be in latent_diffusion.py
+           condition and latents instead of pixels are in latent_diffusion.py
 Try        1. --train --predict eps --out out/eps, the same with x0 and v; then --compare
               out/eps/model.pt out/x0/model.pt out/v/model.pt, and --bpd for each.
            2. --sample --guidance 0, 1, 3, 10: what is gained, what is lost?

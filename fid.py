@@ -21,7 +21,7 @@ Run        python fid.py mnist:train out/ddpm/samples.npz --classes      judge s
            python fid.py --vote a.npz b.npz          which do you prefer? then --tally
 Expect     --train: 1 minute on 2 CPU cores, 99.6 % of the test digits; the enclosed one has 99.7 %
            (--flip: fashion 90 %, CIFAR-10 75 %, 6,000 steps 85 %). A report on 61,000 digits: 10 s.
-           Inception: 18 images a second on 2 cores, 54 with --fast. GPU: not measured yet.
+           Inception: 18 images a second on 2 cores, 54 with --fast. GPU: runs, not timed.
            In out/fid/: model.pt, mistakes.png, loss (.png, .csv), sweep_*.png, votes.jsonl.
 Left out   Inception Score (blind to the real data), sFID, DINOv2 and CLIP features, Elo ratings
 Try        1. mnist:train "mnist:test[:500]", then 1000, 2000, 10000: same digits, falling FD.

@@ -24,7 +24,7 @@ Expect     digits, 256 levels, 7 minutes on 2 CPU cores: 0.873 bits/dim on the t
            for each pixel: 1.69); fid.py reads 97 of 100 samples as the class asked for. The
            enclosed model, --steps 12000, 20 minutes: 0.852 bits/dim, 98 of 100; as a classifier,
            by Bayes' rule, it reads 94 of 100 test digits.
-           GPU: not measured yet. In out/pixelcnn/: model.pt, samples (.png, .npz),
+           GPU: runs, not timed. In out/pixelcnn/: model.pt, samples (.png, .npz),
            trajectory (an animation), loss (.png, .csv), step_000500.png and so on; and by verb
            complete, score, classify, receptive_field (.png).
 Left out   up- and downsampling inside the network, attention (PixelSNAIL), dropout, ensembles

@@ -70,10 +70,10 @@ from tqdm import tqdm
 
 SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
     "small": dict(  # a laptop
-        height=32, frames=8, scenes=6000, patch=2, width=40, mults=[1, 2], blocks=1, heads=2,
-        time_kernel=0, dropout=0.0, predict="x0", noisy=0.7, image_steps=800, image_lr=3e-3,
-        steps=2400, batch_size=8, loose=0.125, lr=3e-3, ema=0.998, side_width=48, side_steps=1000,
-        side_batch=64, side_lr=2e-3, warmup=50, sample_steps=10, num=8, every=500),
+        height=32, frames=8, scenes=6000, patch=2, width=32, mults=[1, 1], blocks=1, heads=2,
+        time_kernel=3, dropout=0.0, predict="x0", noisy=0.7, image_steps=800, image_lr=3e-3,
+        steps=4500, batch_size=8, loose=0.125, lr=3e-3, ema=0.998, side_width=64, side_steps=3000,
+        side_batch=32, side_lr=2e-3, warmup=50, sample_steps=10, num=8, every=500),
     "base": dict(  # a GPU
         height=64, frames=16, scenes=50_000, patch=4, width=128, mults=[1, 2], blocks=2, heads=4,
         time_kernel=3, dropout=0.0, predict="x0", noisy=0.5, image_steps=20_000, image_lr=5e-4,

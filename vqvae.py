@@ -26,7 +26,7 @@ Run        python vqvae.py --train                              both stages, the
 Expect     digits, 5 minutes on 2 CPU cores for both stages: squared error 0.012 on the test set,
            all 256 codes used, 99.7 of 100 reconstructions read by fid.py as their originals, 96 of
            100 samples as the class asked for, at most 1.50 bits/dim. The enclosed model, 10
-           minutes: 0.009, 99.7, 98, 1.45. GPU: not measured. In out/vqvae/: model.pt,
+           minutes: 0.009, 99.7, 98, 1.45. GPU: runs, not timed. In out/vqvae/: model.pt,
            samples (.png, .npz), loss (.png, .csv), codes_000500.png, prior_000500.png and so on;
            by --reconstruct reconstruction, codebook, usage, codes, interpolation (.png).
 Left out   levels of codes above one another (VQ-VAE-2), losses that make images sharp (VQGAN's

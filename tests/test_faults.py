@@ -1,0 +1,51 @@
+"""Faults on purpose, the short form of bench_faults.py: damaged files, a full disk, two trainings in
+one folder, kill -9, a checkpoint that wants to run a command."""
+
+import random
+import warnings
+
+import bench_faults
+import ddpm
+import pytest
+
+
+@pytest.fixture(scope="module")
+def loaders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    return folder, bench_faults.loaders(folder)
+
+
+KINDS = ["idx", "npz of images", "npy of images", "npz for fid.py", "npy for fid.py", "npz of pairs",
+         "npz to vote on", "npz of clips", "npz of cameras", "png", "png for a prompt", "checkpoint",
+         "codes", "votes"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_files_are_read_or_refused_in_a_line(loaders, kind):
+    """60 damaged files of each kind, half of them with checksums that fit again: no traceback, no
+    hang, no memory beyond the file's."""
+    folder, found = loaders
+    with warnings.catch_warnings():
+        refused, longest, grown = bench_faults.fuzz(kind, found[kind], folder, 60, random.Random(0))
+    assert refused > 10 and longest < 5 and grown < 100
+
+
+def test_all_kinds_are_tested(loaders):
+    assert list(loaders[1]) == KINDS
+
+
+@pytest.mark.parametrize("module", bench_faults.FILES, ids=lambda m: m.__name__)
+def test_malicious_checkpoints_are_refused(module, tmp_path):
+    """Nothing in a checkpoint is run."""
+    bench_faults.malicious(module, tmp_path)
+
+
+def test_kill_full_disk_and_two_runs(tmp_path):
+    """Killed while it writes checkpoints; then the next is too long for the disk; then a second
+    training in the same folder. Each time the checkpoint is whole."""
+    bench_faults.make_data(tmp_path)
+    bench_faults.kill_nine("ddpm", tmp_path, 1, random.Random(0))
+    size = (tmp_path / "ddpm/model.pt").stat().st_size
+    assert "File too large" in bench_faults.full_disk("ddpm", tmp_path, limit=size // 2)
+    assert "another training" in bench_faults.two_runs("ddpm", tmp_path)
+    assert ddpm.read_checkpoint(tmp_path / "ddpm/model.pt")["step"] > 1
