@@ -1463,8 +1463,9 @@ def image_file(args, flag, path, any_channels=False):
     """The one image (1, C, H, W) uint8 of a .png, or the first of a .npz or .npy; of the size that
     the model was trained on."""
     if path.suffix == ".png":
+        data = path.read_bytes()
         try:
-            x = read_png(path.read_bytes())[None]
+            x = read_png(data)[None]
         except NotImplementedError:
             die(f"{flag} {path}: only PNG with 8 bits, not interlaced, is read")
         except Exception as e:
