@@ -6,6 +6,7 @@ one folder, files with flipped, lost and added bytes, a checkpoint that wants to
 """
 
 import argparse
+import atexit
 import contextlib
 import io
 import json
@@ -64,10 +65,12 @@ def make_data(folder):
 
 
 def start(file, folder, *more, **options):
-    """The training of one file, with standard error in a pipe."""
+    """The training of one file, with standard error in a pipe; it does not outlive this program."""
     command = [sys.executable, ROOT / f"{file}.py", "--train", *FLAGS[file].split(), *more]
-    return subprocess.Popen(list(map(str, command)), cwd=folder, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, text=True, **options)
+    process = subprocess.Popen(list(map(str, command)), cwd=folder, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, **options)
+    atexit.register(process.kill)
+    return process
 
 
 def wait_for(path, process, seconds=120):
