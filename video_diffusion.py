@@ -23,7 +23,7 @@ Run        python video_diffusion.py --train                   two digits that b
            python video_diffusion.py --train --data orbit      a table with spheres, and a camera
            python video_diffusion.py --given 4 --length 24     go on from 4 real frames
            python video_diffusion.py --between                 from the first and the last frame
-           python video_diffusion.py --orbit --out out/orbit   around a scene, from one picture
+           python video_diffusion.py --orbit                   around a scene, from one picture
            python video_diffusion.py --eval                    motion, or geometry, measured
 Expect     --data orbit, 12 minutes on 2 CPU cores: new views from one picture at 20.8 dB (that
            picture copied: 10.9), spheres 1.3 pixels from where they should be. Moving digits, 16

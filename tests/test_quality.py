@@ -15,6 +15,7 @@ import ddpm
 import fid
 import latent_diffusion
 import pixelcnn
+import video_diffusion
 import vqvae
 
 ROOT = Path(ddpm.__file__).parent
@@ -249,3 +250,38 @@ def test_readme_tells_the_latent_diffusion_checkpoint(latents):
     count = sum(p.numel() for p in model.ema.parameters())
     assert f"{count:,} parameters" in README and ckpt["step"] == args.side_steps
     assert re.search(rf"latent_diffusion.py --train .*--model-steps {args.model_steps}\b", README)
+
+
+@pytest.fixture(scope="module")
+def film():
+    """pretrained/video_diffusion.pt, ready to use, as main makes it so."""
+    ckpt = video_diffusion.read_checkpoint(ROOT / "pretrained/video_diffusion.pt")
+    args = video_diffusion.parse_args(["--sample", "--device", "cpu"], ckpt["config"])
+    video_diffusion.use_device(args)
+    model = video_diffusion.Film(args).eval()
+    ckpt["model"] |= {k.replace("ema.", "net.", 1): v for k, v in ckpt["model"].items()
+                      if k.startswith("ema.")}
+    video_diffusion.load_state(model, ckpt, "model")
+    return args, model, ckpt
+
+
+def test_new_views_are_where_the_camera_says(film):
+    """20 held-out scenes, 7 views each from one picture: close to the ray-traced truth, far closer
+    than that picture copied, and with spheres where they should be."""
+    args, model, _ = film
+    clips = video_diffusion.fixed_clips(args, 20)
+    known = video_diffusion.nothing_known(clips)
+    known[:, 0] = True
+    x = video_diffusion.new_clips(args, model, clips, known)
+    psnr = video_diffusion.psnr_of(x, clips.video)[:, 1:].mean()
+    copied = video_diffusion.psnr_of(clips.video[:, :1].expand_as(x), clips.video)[:, 1:].mean()
+    off, found, line, *_ = video_diffusion.geometry_of(x, clips.scenes, clips.K, clips.pose)
+    assert psnr >= 22 and psnr >= copied + 10, (psnr, copied)
+    assert off <= 1.2 and found >= 0.95 and line <= 0.35, (off, found, line)
+
+
+def test_readme_tells_the_video_checkpoint(film):
+    args, model, ckpt = film
+    count = sum(p.numel() for p in model.ema.parameters())
+    assert f"{count:,} parameters" in README and ckpt["step"] == args.steps
+    assert re.search(rf"video_diffusion.py --train .*--steps {args.steps}\b", README)

@@ -119,7 +119,10 @@ def test_links_and_pictures_exist():
     """What README and RESULTS link to inside the repository is there, and every picture is used."""
     targets = {a or b for a, b in re.findall(r"\]\((?!http|#)([^)]+)\)|src=\"([^\"]+)\"", BOTH)}
     for target in targets:
-        assert (ROOT / target).exists(), target
+        path, _, section = target.partition("#")
+        assert (ROOT / path).exists(), target
+        headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"), re.M) if section else []
+        assert not section or section in [h.lower().replace(" ", "-") for h in headings], target
     assert {f"assets/{p.name}" for p in (ROOT / "assets").iterdir()} <= targets
 
 
