@@ -95,7 +95,7 @@ def parse_args(argv=None, config=None):
     add = p.add_argument
     # what to do
     add("--train", action="store_true", help="train, then write samples and a checkpoint")
-    add("--sample", action="store_true", help="draw from OUT/model.pt, or else pretrained/ddpm.pt")
+    add("--sample", action="store_true", help="draw from OUT/model.pt, or else pretrained/")
     add("--bpd", action="store_true", help="bits per dimension of the test set, term by term")
     add("--inpaint", action="store_true", help="complete the lower half of test images")
     add("--compare", nargs="+", metavar="PT", help="several checkpoints from the same noise")
@@ -166,9 +166,6 @@ def parse_args(argv=None, config=None):
              f"--bpd and --inpaint need images; --data {args.data} is points")):
         if wrong:
             die(message)
-    for flag in ("save", "export"):
-        if (path := getattr(args, flag)) and not path.parent.is_dir():
-            die(f"--{flag} {path}: the folder {path.parent} does not exist; make it first")
     return args
 
 
@@ -1012,7 +1009,9 @@ def autocast(args):
 
 def write_whole(path, data):
     """Writes a file whole or not at all: under another name first, then moved into place."""
-    part = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(data)
         os.replace(part, path)
@@ -1037,7 +1036,6 @@ def fetch(urls, path, checksum):
             faults.append(f"{url}: {e}")
             continue
         if digest(data, checksum) == checksum:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, data)
             return data
         faults.append(f"{url}: wrong bytes")

@@ -1571,7 +1571,9 @@ def autocast(args):
 
 def write_whole(path, data):
     """Writes a file whole or not at all: under another name first, then moved into place."""
-    part = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(data)
         os.replace(part, path)
@@ -1596,7 +1598,6 @@ def fetch(urls, path, checksum):
             faults.append(f"{url}: {e}")
             continue
         if digest(data, checksum) == checksum:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, data)
             return data
         faults.append(f"{url}: wrong bytes")

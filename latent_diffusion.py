@@ -167,7 +167,7 @@ def parse_args(argv=None, config=None):
     add("--model-steps", type=positive, help="training length")
     add("--model-batch", type=positive, help="pairs per step, over all GPUs")
     add("--model-lr", type=share, help="peak learning rate")
-    add("--ema", type=share, help="of the averaged weights that sampling uses")
+    add("--ema", type=share, help="decay of the running mean of the weights, which is what samples")
     # the checker of the report
     add("--side-width", type=positive, help="of the checker")
     add("--side-steps", type=positive, help="its training length")
@@ -1799,7 +1799,9 @@ def autocast(args):
 
 def write_whole(path, data):
     """Writes a file whole or not at all: under another name first, then moved into place."""
-    part = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(data)
         os.replace(part, path)
@@ -1824,7 +1826,6 @@ def fetch(urls, path, checksum):
             faults.append(f"{url}: {e}")
             continue
         if digest(data, checksum) == checksum:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, data)
             return data
         faults.append(f"{url}: wrong bytes")

@@ -72,20 +72,21 @@ SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
     "small": dict(  # a laptop
         height=32, frames=8, scenes=6000, patch=2, width=32, mults=[1, 1], blocks=1, heads=2,
         time_kernel=3, dropout=0.0, predict="x0", noisy=0.7, image_steps=800, image_lr=3e-3,
-        steps=4500, batch_size=8, loose=0.125, lr=3e-3, ema=0.998, side_width=64, side_steps=3000,
-        side_batch=32, side_lr=2e-3, warmup=50, sample_steps=10, num=8, every=500),
+        steps=2250, batch_size=8, loose=0.125, lr=3e-3, ema=0.998, side_width=64, side_steps=2000,
+        side_batch=32, side_lr=2e-3, warmup=50, sample_steps=10, guidance=4.0, num=8,
+        every=500),
     "base": dict(  # a GPU
         height=64, frames=16, scenes=50_000, patch=4, width=128, mults=[1, 2], blocks=2, heads=4,
         time_kernel=3, dropout=0.0, predict="x0", noisy=0.5, image_steps=20_000, image_lr=5e-4,
         steps=50_000, batch_size=64, loose=0.125, lr=5e-4, ema=0.9995, side_width=96,
-        side_steps=5000, side_batch=256, side_lr=1e-3, warmup=1000, sample_steps=20, num=8,
-        every=5000),
+        side_steps=5000, side_batch=256, side_lr=1e-3, warmup=1000, sample_steps=20, guidance=2.0,
+        num=8, every=5000),
     "paper": dict(  # of the kind of Ho et al. 2022
         height=64, frames=16, scenes=200_000, patch=1, width=128, mults=[1, 2, 4, 8], blocks=2,
         heads=8, time_kernel=3, dropout=0.1, predict="eps", noisy=1.0, image_steps=100_000,
         image_lr=1e-4, steps=400_000, batch_size=128, loose=0.125, lr=1e-4, ema=0.9999,
         side_width=96, side_steps=5000, side_batch=256, side_lr=1e-3, warmup=5000,
-        sample_steps=100, num=4, every=10_000),
+        sample_steps=100, guidance=2.0, num=4, every=10_000),
 }
 # --data orbit: a wide network on coarse places, for colours must find their way far. A convolution
 # over time does not help, and frames are not always side by side (see windows)
@@ -137,8 +138,9 @@ def parse_args(argv=None, config=None):
     add("--time-kernel", type=int, choices=[0, 1, 3], help="height and width of the convolution "
         "over the frame before, this one and the next; 0: none")
     add("--dropout", type=share, help="in the ResBlocks")
-    add("--predict", choices=["eps", "x0", "v"], help="what the network answers")
-    add("--schedule", choices=["linear", "cosine"], default="cosine", help="of the noise")
+    add("--predict", choices=["eps", "x0", "v"], help="what the network's output means")
+    add("--schedule", choices=["linear", "cosine"], default="cosine",
+        help="how beta_t grows with t")
     # training
     add("--stage", choices=["both", "image", "video"], default="both",
         help="pictures first, then clips; or one of them alone")
@@ -151,7 +153,7 @@ def parse_args(argv=None, config=None):
         "often noisy, where frames need one another")
     add("--loose", type=share, help="share of them whose frames are taken as single pictures")
     add("--warmup", type=positive, help="steps until the peak is reached, in all parts")
-    add("--ema", type=share, help="of the averaged weights that sampling uses")
+    add("--ema", type=share, help="decay of the running mean of the weights, which is what samples")
     # the tracker of the report
     add("--side-width", type=positive, help="of the tracker")
     add("--side-steps", type=positive, help="its training length")
@@ -159,6 +161,10 @@ def parse_args(argv=None, config=None):
     add("--side-lr", type=share, help="its peak learning rate")
     # sampling
     add("--num", type=positive, help="clips")
+    add("--digits", type=int, nargs=2, choices=range(10), metavar="D", help="which two, in new "
+        "clips of moving-mnist")
+    add("--guidance", type=float, metavar="W", help="uncond + W (cond - uncond), given which "
+        "digits and without: a larger W gives more typical and less varied samples")
     add("--save", type=Path, help="where the samples go, by default OUT/samples.npz")
     add("--sample-steps", type=positive, help="evaluations of the network from noise to clip")
     p.set_defaults(**{"timesteps": 1000, **(config or {})})
@@ -166,7 +172,7 @@ def parse_args(argv=None, config=None):
     args.size = args.size or ("small" if pick_device(args.device) == "cpu" else "base")
     preset = SIZES[args.size]
     if args.data == "orbit":
-        preset = preset | ORBIT.get(args.size, {}) | dict(time_kernel=0)
+        preset = preset | ORBIT.get(args.size, {}) | dict(time_kernel=0, guidance=1.0)
     for key, value in preset.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -175,7 +181,9 @@ def parse_args(argv=None, config=None):
             (any(args.width * m % (4 * args.heads) for m in args.mults), f"--width {args.width}: "
              f"expected a multiple of 4 x --heads {args.heads}"),
             (args.loose == 1, "--loose 1: then there are no clips; take --stage image"),
-            (args.path and args.orbit is None, "--path: only for --orbit")):
+            (args.path and args.orbit is None, "--path: only for --orbit"),
+            (args.digits and args.data != "moving-mnist", "--digits: only for moving-mnist"),
+            (not math.isfinite(args.guidance), "--guidance: expected a finite number")):
         if wrong:
             die(message)
     return args
@@ -710,16 +718,20 @@ def stride(T, steps):
 
 
 @torch.no_grad()
-def sample_clips(net, x, clean, known, rays, abar, predict, steps, clips=None):
+def sample_clips(net, x, clean, known, rays, abar, predict, steps, clips=None, none=None, w=1.0):
     """From noise x (B, F, C, H, W) to clips; frames that are known (B, F) are those of clean, and
-    the network is told so by their t = 0."""
+    the network is told so by their t = 0. If w is not 1, guided away from what it says when it is
+    told `none` instead of rays (Ho & Salimans 2022)."""
     a, x0_prev, a_prev = abar.tolist(), None, None
     given, flat = known[:, :, None, None, None], lambda v: v.flatten(0, 1)
     for t, s in stride(len(abar) - 1, steps):
         x = torch.where(given, clean, x)
         tt = torch.where(known, 0, t)  # (B, F)
-        x0 = x0_of(flat(net(x, tt, rays, clips)), flat(x), flat(tt), abar, predict).clamp(-1, 1)
-        x0 = x0.view_as(x)
+        out = net(x, tt, rays, clips)
+        if w != 1:
+            uncond = net(x, tt, none, clips)
+            out = uncond + w * (out - uncond)
+        x0 = x0_of(flat(out), flat(x), flat(tt), abar, predict).clamp(-1, 1).view_as(x)
         x = dpmpp_step(x, x0, a[t], a[s], x0_prev, a_prev)
         x0_prev, a_prev = x0, a[t]
     return torch.where(given, clean, x)
@@ -793,7 +805,7 @@ class Film(nn.Module):
 
     def __init__(self, args):
         super().__init__()
-        C, more = args.shape[0], 34 if args.data == "orbit" else 21
+        C, more = args.shape[0], {"orbit": 34, "moving-mnist": 31}.get(args.data, 21)
         self.net = VideoUNet(C, more, args.patch, args.width, args.mults, args.blocks,
                              args.dropout, args.heads, args.time_kernel)
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
@@ -820,9 +832,9 @@ class ClipStage(nn.Module):
     def batch(self, step):
         B, frames, device = self.batch_size, self.args.frames, self.args.device
         clips = self.source.draw(B)
-        x0, rays = clips.video, clips.rays(self.args.patch)
-        if clips.K is not None:  # 1 clip in 10 is shown without cameras, to compare with
-            rays = rays * (torch.rand(B, 1, 1, 1, 1, device=device) > 0.1)
+        # of 1 clip in 10 cameras or digits are not told, to compare with, and for guidance
+        told = torch.rand(B, 1, 1, 1, 1, device=device) > 0.1
+        x0, rays = clips.video, clips.rays(self.args.patch, told)
         loose = torch.arange(B, device=device)[:, None] >= self.clips  # (B, 1)
         known = draw_known(B, frames, device) & ~loose
         u = 1 - torch.rand(B, frames, device=device)  # 0 < u <= 1
@@ -1012,18 +1024,19 @@ def nothing_known(clips):
     return torch.zeros(clips.video.shape[:2], dtype=torch.bool, device=clips.video.device)
 
 
-def new_clips(args, model, clips, known, alone=False, cameras=True):
+def new_clips(args, model, clips, known, alone=False, told=True):
     """Clips (N, F, C, H, W) in [-1, 1]: frames where known (N, F) is true are those of clips, the
-    others are new. alone: each frame for itself, without time; cameras: told to the network."""
+    others are new. alone: each frame for itself, without time; told: the cameras, or digits."""
     rng, abar, found = torch.Generator().manual_seed(args.seed), schedule_of(args), []
     noise = torch.randn(clips.video.shape, generator=rng)  # on the CPU: the same whatever device
-    rays = clips.rays(args.patch)
+    rays, none = clips.rays(args.patch, told), clips.rays(args.patch, False)
+    something = clips.K if clips.labels is None else clips.labels
+    w = 1.0 if something is None or not told else args.guidance
     for i in torch.arange(len(noise)).split(64):
-        r = rays[i] * cameras
         with autocast(args):
             found.append(sample_clips(
-                model.ema, noise[i].to(args.device), clips.video[i], known[i], r, abar,
-                args.predict, args.sample_steps, 0 if alone else None))
+                model.ema, noise[i].to(args.device), clips.video[i], known[i], rays[i], abar,
+                args.predict, args.sample_steps, 0 if alone else None, none[i], w))
     return torch.cat(found)
 
 
@@ -1059,6 +1072,8 @@ def sample(args, model):
     in prediction.png the truth, and below it what was made of its first frame or frames."""
     start, length = time.time(), args.length or args.frames
     clips = fixed_clips(args, args.num, length)
+    if args.digits:
+        clips = clips._replace(labels=torch.tensor([args.digits] * args.num, device=args.device))
     x = long_clips(args, model, clips, 0)
     say(f"{args.num} clips of {length} frames in {time.time() - start:.1f} s")
     save_npz(args.save or args.out / "samples.npz",
@@ -1296,19 +1311,22 @@ def law_error(tracks, low, high, fastest=3.5):
     return np.nanmean(np.linalg.norm(off, axis=2), 1)
 
 
-def motion_of(args, tracker, x):
+def motion_of(args, tracker, x, asked):
     """Of clips x (N, F, 1, H, W): share of digits found; share of neighbouring frames in which a
-    track is read as the same digit; error of the law, in pixels a frame; and flicker, the mean
-    second difference in time of a pixel, of 0..255."""
+    track is read as the same digit; share of frames in which both are those asked for (N, 2); error
+    of the law, in pixels a frame; and flicker, the mean second difference in time of a pixel, of
+    0..255."""
     tracks, labels = follow(tracker, x)  # (N, 2, F, 2), (N, 2, F)
     there = ~np.isnan(tracks[..., 0])
     both = there[..., 1:] & there[..., :-1]
     same = (labels[..., 1:] == labels[..., :-1])[both].mean()
+    right = np.sort(labels, 1) == np.sort(asked.cpu().numpy(), 1)[..., None]
+    right = right.all(1)[there.all(1)].mean()
     s = args.height * 28 // 64
     enough = there.sum(-1) >= 4
     error = law_error(tracks[enough], s / 2, args.height - s / 2, 3.5 * args.height / 32).mean()
     flicker = x.diff(dim=1).diff(dim=1).abs().mean() * 127.5 if x.shape[1] > 2 else np.nan
-    return there.mean(), same, error, float(flicker)
+    return there.mean(), same, right, error, float(flicker)
 
 
 def report_motion(args, model, num=200):
@@ -1319,12 +1337,14 @@ def report_motion(args, model, num=200):
     half = args.frames // 2
     known[:, :half] = True
     ahead = new_clips(args, model, clips, known)
-    say(f"{num} clips of {args.frames} frames       found   same digit   off the law   flicker")
+    say(f"{num} clips of {args.frames} frames       found   same digit   as asked   off the law"
+        "   flicker")
     for name, x in (("real", clips.video), ("new", new_clips(args, model, clips, none)),
                     (f"from {half} given frames", ahead),
                     ("new, without time", new_clips(args, model, clips, none, alone=True))):
-        found, same, error, flicker = motion_of(args, model.tracker, x)
-        say(f"{name:28}  {found:6.3f}     {same:6.3f}       {error:5.2f} px     {flicker:5.1f}")
+        found, same, right, error, flicker = motion_of(args, model.tracker, x, clips.labels)
+        say(f"{name:28}  {found:6.3f}     {same:6.3f}      {right:6.3f}       {error:5.2f} px     "
+            f"{flicker:5.1f}")
     psnr = lambda a: float(psnr_of(a, clips.video)[:, half:].mean())
     still = clips.video[:, half - 1:half].expand_as(clips.video)
     say(f"frames predicted from {half}: PSNR {psnr(ahead):.1f} dB, of standing still "
@@ -1485,7 +1505,7 @@ def report_geometry(args, model, num=100):
     say(f"{num} scenes, {args.frames - 1} new views each")
     say("                        PSNR   spheres off (found)   lines off  bent  vanishing   shadows")
     for name, x in (("real", clips.video), ("new views", new_clips(args, model, clips, known)),
-                    ("cameras not told", new_clips(args, model, clips, known, cameras=False)),
+                    ("cameras not told", new_clips(args, model, clips, known, told=False)),
                     ("the first view, copied", copied)):
         psnr = float(psnr_of(x, clips.video)[:, 1:].mean())
         psnr = "     -" if name == "real" else f"{psnr:6.2f}"
@@ -1513,17 +1533,23 @@ class Clips(NamedTuple):
     centres: torch.Tensor = None  # (n, F, 2, 2), of moving digits
     labels: torch.Tensor = None  # (n, 2)
 
-    def rays(self, patch):
+    def rays(self, patch, told=True):
         """What the network is told of each patch of pixels, (n, F, k, H/patch, W/patch): the ray in
-        its middle (k = 34), or, where there is no camera, its frame, row and column (k = 21)."""
+        its middle (k = 34), or, where there is no camera, its frame, row and column (k = 21), and
+        how often each digit is in the clip (k = 31). Zeros where told (n, 1, 1, 1, 1), or one for
+        all, is false: for rays, or for digits."""
         n, frames, _, H, W = self.video.shape
         H, W = H // patch, W // patch
         if self.K is None:
             at = [torch.arange(k, device=self.video.device) for k in (frames, H, W)]
             at = torch.meshgrid(at[0] / 8, at[1] / H - 0.5, at[2] / W - 0.5, indexing="ij")
-            return ray_basis(torch.stack(at, 1)).expand(n, -1, -1, -1, -1)
+            where = ray_basis(torch.stack(at, 1)).expand(n, -1, -1, -1, -1)
+            if self.labels is None:
+                return where
+            count = F.one_hot(self.labels, 10).sum(1).view(n, 1, 10, 1, 1) * told
+            return torch.cat([where, count.expand(-1, frames, -1, H, W)], 2)
         camera = resized(self.K, 1 / patch), normalised(self.pose), H, W
-        return torch.cat([plucker(*camera), ray_basis(plane_points(*camera))], -3)
+        return torch.cat([plucker(*camera), ray_basis(plane_points(*camera))], -3) * told
 
     def frames(self, index):
         """The same clips, these frames."""
@@ -1754,7 +1780,9 @@ def autocast(args):
 
 def write_whole(path, data):
     """Writes a file whole or not at all: under another name first, then moved into place."""
-    part = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(data)
         os.replace(part, path)
@@ -1779,7 +1807,6 @@ def fetch(urls, path, checksum):
             faults.append(f"{url}: {e}")
             continue
         if digest(data, checksum) == checksum:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, data)
             return data
         faults.append(f"{url}: wrong bytes")

@@ -18,7 +18,7 @@ Notation   x            x        (B, C, H, W)   image in [-1, 1]
            beta         beta                    how strongly z is held to its code
                         D                       length of a code's vector; of a network, its width
 Run        python vqvae.py --train                              both stages, then samples
-           python vqvae.py --sample --num 100 --save x.npz      from your model
+           python vqvae.py --sample --num 100 --save x.npz      from your model, or the one enclosed
            python vqvae.py --reconstruct --bpd                  pictures of the codes; bits/dim
            python vqvae.py --compress x.npz --save x.vq         images to codes in a file
            python vqvae.py --decompress x.vq --save y.npz       and back
@@ -967,7 +967,9 @@ def autocast(args):
 
 def write_whole(path, data):
     """Writes a file whole or not at all: under another name first, then moved into place."""
-    part = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.part")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(data)
         os.replace(part, path)
@@ -992,7 +994,6 @@ def fetch(urls, path, checksum):
             faults.append(f"{url}: {e}")
             continue
         if digest(data, checksum) == checksum:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, data)
             return data
         faults.append(f"{url}: wrong bytes")

@@ -135,7 +135,7 @@ def main():
             times[name][0].append(clock(lambda: [step[name]() for _ in range(5)]) / 5)
             times[name][1].append(clock(draw[name]) / a.draw)
     print(
-        f"\n| network | parameters | train img/s | ratio | s per 1,000 samples | ratio | sampling |"
+        "\n| network | parameters | train img/s | ratio | s per 1,000 samples | ratio | sampling |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, (model, _, _, _, how, *_) in found.items():

@@ -4,17 +4,14 @@ words to codes, kept keys and values change nothing, and held-out pairs stay hel
 import itertools
 import math
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import dalle_mini as dm
+from inprocess import call
 
-ROOT = Path(dm.__file__).parent
 
 
 def small(**flags):
@@ -435,13 +432,6 @@ def test_paper_shapes():
 # ---- Files ---------------------------------------------------------------------------------------
 
 
-def run(*argv, cwd):
-    done = subprocess.run([sys.executable, str(ROOT / "dalle_mini.py"), *map(str, argv)], cwd=cwd,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 SMALL = ("--train --steps 4 --model-steps 4 --side-steps 2 --batch-size 8 --model-batch 8 "
          "--side-batch 8 --width 8 --code-dim 4 --codebook-size 6 --blocks 1 --model-width 32 "
          "--model-layers 2 --heads 2 --side-width 32 --every 2 --num 2 --device cpu").split()
@@ -465,7 +455,7 @@ def own(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(own):
-    return run(*SMALL, "--data", "own.npz", cwd=own)
+    return call(dm, *SMALL, "--data", "own.npz", cwd=own)
 
 
 def test_train_writes_what_it_promises(own, trained):

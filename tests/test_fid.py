@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 import zlib
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import fid
+from inprocess import call
 
 ROOT = Path(fid.__file__).parent
 MNIST = ROOT / "data/mnist"
@@ -592,15 +592,6 @@ def test_memory_is_flat(tmp_path):
 # ---- Own features, and the report ------------------------------------------------------------------
 
 
-def run(*argv, cwd=None, code=0):
-    """fid.py as a command, from another folder; its output."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run([sys.executable, str(ROOT / "fid.py"), *map(str, argv)], cwd=cwd, env=env,
-                          capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
-
-
 def report(text):
     """{row: (fake, floor)} of the report's numbers."""
     rows = {}
@@ -615,7 +606,7 @@ SMALL = "--train --steps 6 --batch-size 8 --width 4 --every 3 --device cpu".spli
 
 def test_train_writes_what_it_promises_and_resumes_to_the_bit(tmp_path):
     """Six steps; or three, killed, and three more: the same weights. --export is half precision."""
-    text = run(*SMALL, "--export", "small.pt", cwd=tmp_path)
+    text = call(fid, *SMALL, "--export", "small.pt", cwd=tmp_path)
     assert "now try: python fid.py mnist:train mnist:test" in text.splitlines()[-1]
     for name in ("model.pt", "loss.csv", "loss.png", "mistakes.png"):
         assert (tmp_path / "out/fid" / name).exists(), name
@@ -633,7 +624,7 @@ def test_train_writes_what_it_promises_and_resumes_to_the_bit(tmp_path):
         fid.save_loss = saved
         signal.signal(signal.SIGINT, signal.default_int_handler)
     assert torch.load(tmp_path / "b/model.pt", weights_only=True)["step"] == 3
-    run(*SMALL, "--resume", "--out", "b", cwd=tmp_path)
+    call(fid, *SMALL, "--resume", "--out", "b", cwd=tmp_path)
     one, two = (torch.load(tmp_path / p, weights_only=True)["model"] for p in
                 ("out/fid/model.pt", "b/model.pt"))
     assert all(torch.equal(one[k], two[k]) for k in one)
@@ -646,16 +637,16 @@ def test_report_on_real_digits(tmp_path):
     noisy = fid.noise(x, 60, torch.Generator().manual_seed(0))
     for name, images, labels in (("good", x, y), ("bad", noisy, (y + 1) % 10)):
         np.savez(tmp_path / f"{name}.npz", arr_0=images.permute(0, 2, 3, 1), labels=labels)
-    run("mnist:train[:20000]", "--save-stats", "ref.npz", cwd=tmp_path)
+    call(fid, "mnist:train[:5000]", "--save-stats", "ref.npz", cwd=tmp_path)
     stats = np.load(tmp_path / "ref.npz")
-    assert stats["mu"].shape == (128,) and stats["sigma"].shape == (128, 128) and stats["n"] == 20_000
-    good, bad = (report(run("mnist:test", f"{name}.npz", "--classes", cwd=tmp_path))
+    assert stats["mu"].shape == (128,) and stats["sigma"].shape == (128, 128) and stats["n"] == 5000
+    good, bad = (report(call(fid, "mnist:test[:4000]", f"{name}.npz", "--classes", cwd=tmp_path))
                  for name in ("good", "bad"))
     fds = [float(v) for v in (*good["FD (our features)"], bad["FD (our features)"][0])]
     assert fds[0] < 2 * fds[1] and fds[2] > 50 * fds[1]
     assert float(good["accuracy"][0]) > 0.99 and float(bad["accuracy"][0]) < 0.1
     assert float(good["precision"][0]) > 0.8 and float(bad["precision"][0]) < 0.2
-    text = run("ref.npz", "good.npz", cwd=tmp_path)
+    text = call(fid, "ref.npz", "good.npz", cwd=tmp_path)
     assert "FID" not in text and re.search(r"KID x 1000 +-\n", text)  # no features were kept
 
 

@@ -5,8 +5,6 @@ it keeps."""
 import math
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +12,8 @@ import pytest
 import torch
 
 import latent_diffusion as ld
+from inprocess import call
 
-ROOT = Path(ld.__file__).parent
 OBJECTIVES = ["eps", "x0", "v", "flow"]
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES)
 
@@ -396,13 +394,6 @@ def test_average_follows_the_network():
         assert torch.allclose(p, d * old + (1 - d) * new, atol=1e-5)
 
 
-def run(*argv, cwd):
-    done = subprocess.run([sys.executable, str(ROOT / "latent_diffusion.py"), *map(str, argv)],
-                          cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 SMALL = ("--train --steps 4 --model-steps 4 --side-steps 2 --batch-size 8 --model-batch 8 "
          "--side-batch 8 --width 16 --codebook-size 6 --channels 32 32 --heads 2 --text-width 32 "
          "--text-layers 1 --dit-width 32 --dit-double 1 --dit-single 1 --side-width 32 --every 2 "
@@ -428,7 +419,7 @@ def own(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(own):
-    return run(*SMALL, "--data", "own.npz", "--export", "small.pt", cwd=own)
+    return call(ld, *SMALL, "--data", "own.npz", "--export", "small.pt", cwd=own)
 
 
 def test_train_writes_what_it_promises(own, trained):
@@ -456,8 +447,8 @@ def test_exported_model_draws_the_same(own, trained, monkeypatch):
                                   "--autoencoder vq --objective x0", "--objective flow"])
 def test_other_kinds_train_and_do_all_verbs(own, trained, kind):
     """Both objectives with both backbones, both autoencoders."""
-    run(*SMALL, "--data", "own.npz", *kind.split(), "--out", "kind", cwd=own)
-    text = run("--out", "kind", "--prompt", "thing 1", "--init", "one.png", "--strength", "0.5",
+    call(ld, *SMALL, "--data", "own.npz", *kind.split(), "--out", "kind", cwd=own)
+    text = call(ld, "--out", "kind", "--prompt", "thing 1", "--init", "one.png", "--strength", "0.5",
                "--inpaint", "one.png", "--mask", "mask.png", "--interpolate", "thing 1", "thing 2",
                "--sweep", "--attention", "--device", "cpu", cwd=own)
     for name in ("init", "inpaint", "interpolation", "guidance", "attention"):

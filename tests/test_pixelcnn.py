@@ -4,17 +4,14 @@ sampler is the plain one."""
 import itertools
 import math
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import pixelcnn
+from inprocess import call
 
-ROOT = Path(pixelcnn.__file__).parent
 KINDS = [("gated", "softmax", 1), ("gated", "softmax", 3), ("gated", "logistic", 3),
          ("plain", "softmax", 1), ("plain", "softmax", 3)]
 each_kind = pytest.mark.parametrize("arch, likelihood, C", KINDS)
@@ -213,13 +210,6 @@ def test_temperature():
     assert torch.allclose(share, out[0].softmax(0), atol=0.03)
 
 
-def run(*argv, cwd):
-    done = subprocess.run([sys.executable, str(ROOT / "pixelcnn.py"), *map(str, argv)], cwd=cwd,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
     """A data set of 40 images, 6 x 8, grey, with 2 classes."""
@@ -238,7 +228,7 @@ SMALL = ("--train --steps 4 --batch-size 8 --width 8 --dilations 1 2 --hidden 8 
 def test_train_writes_what_it_promises_and_resumes_to_the_bit(own):
     """All pictures of all verbs; killed after two of four steps and resumed, it is the same model to
     the bit."""
-    text = run(*SMALL, "--data", own / "own.npz", "--complete", "--classify", "--score",
+    text = call(pixelcnn, *SMALL, "--data", own / "own.npz", "--complete", "--classify", "--score",
                "--receptive-field", cwd=own)
     for name in ("model.pt", "samples.png", "samples.npz", "loss.csv", "loss.png", "trajectory.png",
                  "complete.png", "classify.png", "score.png", "receptive_field.png",
@@ -258,7 +248,7 @@ def test_train_writes_what_it_promises_and_resumes_to_the_bit(own):
         pixelcnn.save_loss = saved
         signal.signal(signal.SIGINT, signal.default_int_handler)
     assert torch.load(own / "b/model.pt", weights_only=True)["step"] == 2
-    run(*short, "--resume", cwd=own)
+    call(pixelcnn, *short, "--resume", cwd=own)
     one, two = (torch.load(own / p / "model.pt", weights_only=True) for p in ("out/pixelcnn", "b"))
     assert two["step"] == 4
     assert all(torch.equal(one["ema"][k], two["ema"][k]) for k in one["ema"])

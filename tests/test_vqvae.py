@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import vqvae
+from inprocess import call
 
 ROOT = Path(vqvae.__file__).parent
 
@@ -308,13 +309,6 @@ def test_packed_codes_come_back(K):
     assert (vqvae.unpack(data, 37, K) == codes).all()
 
 
-def run(*argv, cwd):
-    done = subprocess.run([sys.executable, str(ROOT / "vqvae.py"), *map(str, argv)], cwd=cwd,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
     """A data set of 40 images, 8 x 12, grey, with 2 classes."""
@@ -333,7 +327,7 @@ SMALL = ("--train --steps 4 --prior-steps 4 --batch-size 8 --prior-batch 8 --wid
 
 @pytest.fixture(scope="module")
 def trained(own):
-    return run(*SMALL, "--data", own / "own.npz", "--reconstruct", cwd=own)
+    return call(vqvae, *SMALL, "--data", own / "own.npz", "--reconstruct", cwd=own)
 
 
 def test_train_writes_what_it_promises(own, trained):
@@ -364,7 +358,7 @@ def test_resumes_to_the_bit(own, trained, checkpoint):
     finally:
         vqvae.save_history = saved
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    run(*short, "--resume", cwd=own)
+    call(vqvae, *short, "--resume", cwd=own)
     one, two = (torch.load(own / p / "model.pt", weights_only=True)
                 for p in ("out/vqvae", f"b{checkpoint}"))
     assert (two["part"], two["step"]) == ("prior", 4)
@@ -375,8 +369,8 @@ def test_resumes_to_the_bit(own, trained, checkpoint):
 def test_resume_keeps_new_flags(own, trained):
     """More steps asked for at --resume are in the checkpoint, for the resume after that."""
     folder = own / "longer"
-    run(*SMALL, "--data", own / "own.npz", "--out", folder, cwd=own)
-    run("--train", "--resume", "--prior-steps", 6, "--out", folder, "--device", "cpu", cwd=own)
+    call(vqvae, *SMALL, "--data", own / "own.npz", "--out", folder, cwd=own)
+    call(vqvae, "--train", "--resume", "--prior-steps", 6, "--out", folder, "--device", "cpu", cwd=own)
     ckpt = torch.load(folder / "model.pt", weights_only=True)
     assert (ckpt["step"], ckpt["config"]["prior_steps"]) == (6, 6)
 
@@ -391,7 +385,7 @@ def test_pairs_of_any_number(n):
 
 @pytest.mark.parametrize("kind", ["loss", "fsq"])
 def test_the_other_codebooks_train(own, kind):
-    text = run(*SMALL, "--data", own / "own.npz", "--codebook", kind, "--fsq-levels", "3", "2",
+    text = call(vqvae, *SMALL, "--data", own / "own.npz", "--codebook", kind, "--fsq-levels", "3", "2",
                "--out", kind, cwd=own)
     assert "of 6 codes used" in text
 
