@@ -87,15 +87,18 @@ def scene_features(checker, x):
     return torch.cat(found)
 
 
+@torch.no_grad()
 def scenes(n=2000, flux=None):
     dm, ld = dalle_mini, latent_diffusion
     a, stream = ready(dm, dm.DallE, "model")
     models = [("`dalle_mini.py`", stream, stream.transformer, lambda texts: dm.draw_prompts(
         a, stream, stream.tokens(texts), 1))]
-    for name, path in (("`latent_diffusion.py`, U-Net", None), ("the same, `--backbone dit "
-                       "--objective flow`", flux)):
-        if path or "U-Net" in name:
+    for name, path, w in (("`latent_diffusion.py`, the U-Net", None, None),
+                          ("the same, `--guidance 1`", None, 1.0),
+                          ("the same, the transformer of Flux", flux, None)):
+        if path or "Flux" not in name:
             b, m = ready(ld, ld.LatentDiffusion, "model", path)
+            b.guidance = w or b.guidance
             models.append((name, m, m.ema, lambda texts, b=b, m=m: ld.draw_texts(
                 b, m, m.tokens(texts), 1)))
     checker, rng = stream.checker, np.random.default_rng(3)
@@ -116,7 +119,13 @@ def scenes(n=2000, flux=None):
     for name, _, net, draw in models:
         x, seconds = timed(lambda: draw(texts), n)
         line(name, x.flatten(0, 1), facts, cost(net, seconds))
-    line("scenes of test digits", dm.render(facts, *dm.load_data(a, "test"), rng), facts)
+    real = dm.render(facts, *dm.load_data(a, "test"), rng)
+    m = models[1][1]
+    line("real scenes of test digits", real, facts)
+    line("the same, from the codes of `dalle_mini.py`",
+         dm.to_uint8(dm.pictures_of(stream, dm.codes_of(stream, real))), facts)
+    line("the same, from the latents of `latent_diffusion.py`",
+         ld.decoded_latents(m, ld.latents_of(m, real)), facts)
 
 
 if __name__ == "__main__":
