@@ -22,7 +22,7 @@ Notation   x_0, x_t     x0, xt   (B, F, C, H, W)  clips in [-1, 1]; F frames, in
                                                   planes; or place, which digits; h x w patches
 Run        python video_diffusion.py --train                   two digits that bounce
            python video_diffusion.py --train --data orbit      a table with spheres, and a camera
-           python video_diffusion.py --sample --digits 3 8      new clips of these two
+           python video_diffusion.py --sample --digits 3 8     new clips of these two
            python video_diffusion.py --given 4 --length 24     go on from 4 real frames
            python video_diffusion.py --between                 from the first and the last frame
            python video_diffusion.py --orbit                   around a scene, from one picture
