@@ -75,8 +75,7 @@ SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
         height=32, frames=8, scenes=6000, patch=2, width=32, mults=[1, 1], blocks=1, heads=2,
         time_kernel=3, dropout=0.0, predict="x0", noisy=0.7, image_steps=800, image_lr=3e-3,
         steps=2250, batch_size=8, loose=0.125, lr=3e-3, ema=0.998, side_width=64, side_steps=2000,
-        side_batch=32, side_lr=2e-3, warmup=50, sample_steps=10, guidance=4.0, num=8,
-        every=500),
+        side_batch=32, side_lr=2e-3, warmup=50, sample_steps=10, guidance=4.0, num=8, every=500),
     "base": dict(  # a GPU
         height=64, frames=16, scenes=50_000, patch=4, width=128, mults=[1, 2], blocks=2, heads=4,
         time_kernel=3, dropout=0.0, predict="x0", noisy=0.5, image_steps=20_000, image_lr=5e-4,
@@ -1032,8 +1031,8 @@ def new_clips(args, model, clips, known, alone=False, told=True):
     rng, abar, found = torch.Generator().manual_seed(args.seed), schedule_of(args), []
     noise = torch.randn(clips.video.shape, generator=rng)  # on the CPU: the same whatever device
     rays, none = clips.rays(args.patch, told), clips.rays(args.patch, False)
-    something = clips.K if clips.labels is None else clips.labels
-    w = 1.0 if something is None or not told else args.guidance
+    told = told and not (clips.K is None and clips.labels is None)  # else there is nothing to tell
+    w = args.guidance if told else 1.0
     for i in torch.arange(len(noise)).split(64):
         with autocast(args):
             found.append(sample_clips(
