@@ -73,17 +73,23 @@ def start(file, folder, *more, **options):
     return process
 
 
-def wait_for(path, process, seconds=120):
-    """Until path is there."""
-    end = time.time() + seconds
-    while not path.exists():
+def wait_for_the_next(path, process, seconds=300):
+    """Until path is written, or written anew."""
+    def written():
+        return path.stat().st_mtime_ns if path.exists() else 0
+
+    before, end = written(), time.time() + seconds
+    while written() == before:
         assert process.poll() is None and time.time() < end, process.stderr.read()
         time.sleep(0.02)
 
 
 def refusal(process, code=2):
     """Its exit code and its one line; a traceback is a fault. (A bar of tqdm is no line.)"""
-    text = process.communicate(timeout=120)[1]
+    try:
+        text = process.communicate(timeout=300)[1]
+    finally:
+        process.kill()
     lines = [line for line in text.splitlines() if f"{code and process.args[1].split('/')[-1]}:" in line]
     assert process.returncode == code and "Traceback" not in text and len(lines) == 1, text
     return lines[0]
@@ -96,10 +102,8 @@ def kill_nine(file, folder, times, rng):
     module = sys.modules[file]
     for i in range(times):
         process = start(file, folder, "--out", out, *["--resume"] * (i > 0))
-        wait_for(out / "model.pt", process)
-        before = (out / "model.pt").stat().st_mtime_ns
-        while (out / "model.pt").stat().st_mtime_ns == before and process.poll() is None:
-            time.sleep(0.01)  # it goes on
+        wait_for_the_next(out / "model.pt", process)
+        wait_for_the_next(out / "model.pt", process)
         time.sleep(rng.random() * 0.3)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, process.stderr.read()
@@ -114,7 +118,7 @@ def full_disk(file, folder, limit=None):
     out = folder / file
     if not (out / "model.pt").exists():
         process = start(file, folder, "--out", out)
-        wait_for(out / "model.pt", process)
+        wait_for_the_next(out / "model.pt", process)
         process.send_signal(signal.SIGKILL)
         process.wait()
     for part in out.glob("*.part"):
@@ -133,20 +137,21 @@ def full_disk(file, folder, limit=None):
 
 
 def two_runs(file, folder):
-    """The second training in a folder is refused; once the first is dead, it is not."""
+    """The second training in a folder is refused, as long as the first is alive, even if it is
+    asleep; once it is dead, no longer."""
     out = folder / file
     first = start(file, folder, "--out", out)
-    wait_for(out / "model.pt", first)
-    line = refusal(start(file, folder, "--out", out))
-    assert "another training" in line and first.poll() is None
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    try:
+        wait_for_the_next(out / "model.pt", first)
+        first.send_signal(signal.SIGSTOP)  # two on 2 cores would get in each other's way
+        line = refusal(start(file, folder, "--out", out))
+        assert "another training" in line and first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
     third = start(file, folder, "--out", out, "--resume")
-    before = (out / "model.pt").stat().st_mtime_ns
-    while (out / "model.pt").stat().st_mtime_ns == before:
-        assert third.poll() is None, third.stderr.read()
-        time.sleep(0.02)
-    third.send_signal(signal.SIGKILL)
+    wait_for_the_next(out / "model.pt", third)
+    third.kill()
     third.wait()
     return line
 

@@ -3,7 +3,6 @@ the enclosed classifier."""
 
 import math
 import re
-import time
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +30,10 @@ def drawn(tmp_path_factory):
     ddpm.setup(args)
     model = ddpm.build(args).eval()
     ddpm.load_state(model, ckpt, "ema")
-    labels, start = ddpm.class_labels(args, 120), time.time()
+    labels, sizes = ddpm.class_labels(args, 120), []
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     images = ddpm.generate(args, model, labels)
-    return images, labels, time.time() - start, ddpm.load_data(args, "train"), args
+    return images, labels, sizes, ddpm.load_data(args, "train"), args
 
 
 def distances(images, known):
@@ -77,9 +77,10 @@ def test_readme_tells_the_checkpoint(drawn):
     assert re.search(rf"--steps {ckpt['step']}\b.*--export pretrained/ddpm.pt", README)
 
 
-def test_thousand_samples_take_less_than_the_promise(drawn):
-    """120 samples at an eighth of the README's 30 s a thousand, with room for a busy machine."""
-    assert drawn[2] < 3 * 30 / 8
+def test_twenty_evaluations_are_enough(drawn):
+    """The time of a thousand samples in the README is that of 20 evaluations of the network, each
+    for a batch with and without its labels."""
+    assert drawn[2] == [240] * 20
 
 
 def read_by_classifier(images, labels):
