@@ -10,11 +10,11 @@ Equations  stream       p(text, codes) = prod_i p(text_i | before) prod_j p(code
            caption      p(text | image) = p(image | text) p(text) / p(image)
            reranking    keep the image whose direction is nearest to the text's: cos(f(text), g(x))
 Notation   x            x        (B, C, H, W)   image in [-1, 1]
-           z, z_q       z, q     (B, h, w, D)   before and after the codebook; h = H/4, w = W/4
+           z, z_q       z, q     (B, h, w, d)   before and after the codebook; h = H/4, w = W/4
            code_j       codes    (B, h, w)      whole numbers 0..K-1
            text_i       text     (B, N)         tokens, then a pad of its own for each place left
                         facts    (B, 5, 2)      what stands at five places of a scene: digit, colour
-                        L        N + h w        places of the stream; D, the transformer's width
+                        L        N + h w        places of the stream; D, the width of a network
 Run        python dalle_mini.py --train                        all parts, samples, a report
            python dalle_mini.py --prompt "a red seven left of a blue two" --best-of 16
            python dalle_mini.py --complete IMG --prompt TEXT   the top half is kept
@@ -166,9 +166,16 @@ def parse_args(argv=None, config=None):
         if getattr(args, key) is None:
             setattr(args, key, value)
     for wrong, message in (
+            (not 0 <= args.seed < 2**63, f"--seed {args.seed}: expected 0 or more, below 2^63"),
             (args.codebook_size < 2, f"--codebook-size {args.codebook_size}: expected 2 or more"),
             (args.model_width % args.heads, f"--heads {args.heads}: expected a divisor of "
              f"--model-width {args.model_width}"),
+            (args.side_width % 32, f"--side-width {args.side_width}: expected a multiple of 32"),
+            (args.data != "mnist" and args.eval,
+             "--eval: only for our own scenes, where it is known what should be seen"),
+            (args.data != "mnist" and args.caption and not args.prompt,
+             "--caption: give the captions to choose from, each by --prompt"),
+            (not math.isfinite(args.guidance), "--guidance: expected a finite number"),
             (not args.temperature > 0, f"--temperature {args.temperature}: expected more than 0"),
             (not args.top_p > 0, f"--top-p {args.top_p}: expected more than 0"),
             (args.top_k < 0, f"--top-k {args.top_k}: expected 0 or more"),
@@ -299,7 +306,7 @@ class BytePairs:
 
     def encode_word(self, word):
         if word not in self.known:
-            tokens = list(word.encode())
+            tokens = list(word.encode(errors="replace"))
             while len(tokens) > 1:  # in the order in which pairs were learned
                 pair = min(zip(tokens, tokens[1:]), key=lambda p: self.rank.get(p, math.inf))
                 if pair not in self.rank:
@@ -455,13 +462,15 @@ def attention_mask(kind, text, h, w):
     """Who may look at whom (L, L), True where allowed: of L = text + h w places, all see themselves
     and earlier ones; codes see all text, and of earlier codes "full": all; "row": the last w;
     "column": those straight above; "conv": those in a window of 11 x 11. Codes are counted in
-    reading order, so windows wrap at the edges, as in the paper (appendix B.1, figure 11)."""
+    reading order, so windows wrap at the edges, as in the paper (appendix B.1, figure 11). A place
+    takes in the token before it, place 0 a start: the code a place sees from is the last one known,
+    not the one it predicts."""
     place = torch.arange(text + h * w)
     back = place[:, None] - place  # (L, L) how far behind
     up = (back + 5) // w  # rows above; up to 5 to the right of straight above
     near = {"full": back >= 0, "row": back <= w, "column": back % w == 0,
             "conv": (up <= 5) & ((back - up * w).abs() <= 5)}[kind]
-    return (back >= 0) & (near | (place < text) | (place[:, None] < text))
+    return (back >= 0) & (near | (place <= text))
 
 
 def kinds_of(masks, layers):
@@ -830,7 +839,7 @@ class ScorerStage(nn.Module):
     def __init__(self, args, model, text, codes):
         super().__init__()
         self.net, self.args, self.words = model.scorer, args, text
-        self.images = to_uint8(pictures_of(model, codes))
+        self.images = torch.cat([to_uint8(pictures_of(model, c)) for c in codes.split(500)])
         self.steps, self.batch_size, self.lr = args.side_steps, args.side_batch, args.side_lr
 
     def batch(self, step):
@@ -898,8 +907,8 @@ def fit(args, model, stage, state):
         for group in opt.param_groups:  # warm up, then down to zero
             group["lr"] = stage.lr * min(1, step / args.warmup) * (1 - (step - 1) / stage.steps)
         with autocast(args):
-            objective, figure = net(*batch)
-        objective.backward()
+            error, figure = net(*batch)
+        error.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         opt.step()
         opt.zero_grad()
@@ -926,7 +935,7 @@ def fit(args, model, stage, state):
             save_checkpoint(args.out / "model.pt", state)
             save_history(args.out, state["history"])
             tqdm.write(f"{stage.name} {step:,}: {text}, {speed:.1f} steps/s, "
-                       f"{speed * stage.batch_size:.0f} img/s")
+                       f"{speed * stage.batch_size:.0f} samples/s")
             sys.stdout.flush()
             if not done and hasattr(stage, "picture"):
                 model.eval()
@@ -936,6 +945,7 @@ def fit(args, model, stage, state):
             clock, since = time.time(), step
         if done and step < stage.steps:
             say(f"stopped at {step}; to go on: python {NAME}.py --train --resume --out {args.out}")
+            break
     signal.signal(signal.SIGINT, signal.default_int_handler)
     model.eval()
     return not stop
@@ -943,8 +953,12 @@ def fit(args, model, stage, state):
 
 def train(args, ckpt=None):
     """Trains one part after the other and returns the model; ckpt: go on."""
+    if ckpt and "optimizer" not in ckpt:
+        die("--resume: the checkpoint was made to sample, and cannot be trained further")
     images, texts, facts = load_pairs(args, "train")
-    args.shape, args.learned = list(images.shape[1:]), BytePairs.learn(texts, args.merges)
+    args.shape = list(images.shape[1:])
+    if not ckpt:  # or other captions would give words other tokens
+        args.learned = BytePairs.learn(texts, args.merges)
     if args.shape[1] % 4 or args.shape[2] % 4:
         die(f"--data {args.data}: images of {args.shape[1]} x {args.shape[2]}, but a code stands "
             "for 4 x 4 pixels: height and width must be multiples of 4")
@@ -1086,7 +1100,9 @@ def pairs(autoencoder, images):
 def image_file(args, flag, path, any_channels=False):
     """The one image (1, C, H, W) uint8 of a .png, or the first of a .npz or .npy; of the size that
     the model was trained on."""
-    if path.suffix == ".png":
+    if path.suffix.lower() not in (".png", ".npz", ".npy"):
+        die(f"{flag} {path}: expected a .png, .npz or .npy file")
+    if path.suffix.lower() == ".png":
         data = path.read_bytes()
         try:
             x = read_png(data)[None]
@@ -1096,7 +1112,7 @@ def image_file(args, flag, path, any_channels=False):
             die(f"{flag} {path} is cut off or damaged ({e})")
         x = x.transpose(0, 3, 1, 2)
     else:
-        x = own_data(str(path))[0][:1]
+        x = own_data(str(path), flag)[0][:1]
     if list(x.shape[any_channels + 1:]) != args.shape[any_channels:]:
         die(f"{flag} {path}: an image of {list(x.shape[1:])}, but the model was trained on "
             f"{args.shape}")
@@ -1111,7 +1127,8 @@ def complete_image(args, model):
     n, half = model.h // 2, x.clone()
     half[:, :, 4 * n:] = x[:, :, 4 * n - 1:4 * n]
     top = codes_of(model, half)[:, :n].flatten()
-    drawn = draw_prompts(args, model, model.tokens(texts), args.num, args.best_of, top)
+    best_of = args.best_of if args.prompt else 1  # the scorer judges by a text
+    drawn = draw_prompts(args, model, model.tokens(texts), args.num, best_of, top)
     half[:, :, 4 * n:] = 127
     rows = [torch.cat([x, half, d]) for d in drawn]
     heads = [f"image, what is given, drawn: {text or '(no text)'}" for text in texts]
@@ -1169,8 +1186,6 @@ def captions_of(args, model, images, texts, shortlist=32):
 def caption_image(args, model):
     """The likeliest captions of an image: of the prompts, or of all that there are."""
     x = image_file(args, "--caption", args.caption)
-    if not args.prompt and args.data != "mnist":
-        die("--caption: give the captions to choose from, each by --prompt")
     texts = [prompt_of(model, text) for text in args.prompt or []] or all_captions()
     short, log_p = captions_of(args, model, x, texts)
     p = log_p[0].softmax(0)
@@ -1185,8 +1200,6 @@ def measure(args, model, num=1000):
     """Prints how often the right thing is seen: in real scenes of test digits, in the same from
     their codes, and in what is drawn for prompts whose pairs of digit and colour training shows,
     and whose pairs it never shows; then how often an image's caption is found."""
-    if args.data != "mnist":
-        die("--eval: only for our own scenes, where it is known what should be seen")
     images, _, facts = load_pairs(args, "test")
     say(f"{'share that is right':34}   digit  colour  relation   all")
 
@@ -1200,7 +1213,7 @@ def measure(args, model, num=1000):
     for seen, name in ((True, "drawn, pairs seen"), (False, "drawn, pairs never seen")):
         rng = np.random.default_rng(args.seed + 1)
         wanted = random_facts(num, rng, seen, single=0)
-        texts = [describe(f, turn=rng.random() < 0.5) for f in wanted]
+        texts = [describe(f, turn=rng.random() < 0.5 and args.turned > 0) for f in wanted]
         for best_of in sorted({1, args.best_of}):
             x = draw_prompts(args, model, model.tokens(texts), 1, best_of).flatten(0, 1)
             report(name + f", best of {best_of}" * (best_of > 1), x,
@@ -1230,7 +1243,7 @@ def attention_picture(args, model):
         weight = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -math.inf).softmax(-1)
         maps.append(weight[0].mean(0))  # (L, L)
         x = block(x, mask)
-    words = [model.bpe.decode([t]) for t in tokens[0].tolist() if t < net.V]
+    words = [model.bpe.bytes[t].decode(errors="replace") for t in tokens[0].tolist() if t < net.V]
     maps, rows, h, w = torch.stack(maps), [], model.h, model.w
     for r, c in ((h // 4, w // 2), (h // 2, w // 4), (h // 2, w // 2), (h // 2, w * 3 // 4),
                  (h * 3 // 4, w // 2)):
@@ -1489,25 +1502,27 @@ def load_data(args, split):
     return images, labels
 
 
-def own_data(path):
+def own_data(path, flag="--data"):
     """Images (N, C, H, W) uint8 and labels (N,) or None of a .npy or .npz file."""
+    least, names = (2, f"{', '.join(DATASETS)} or ") if flag == "--data" else (1, "")
     if not path.endswith((".npy", ".npz")):
-        die(f"--data {path} is not known; choose {', '.join(DATASETS)} or a .npy or .npz file")
+        die(f"{flag} {path} is not known; choose {names}a .npy or .npz file")
     try:
         file = np.load(path)
         named = not isinstance(file, np.ndarray)
         arrays = {k: np.asarray(file[k]) for k in file.files} if named else {"images": file}
     except Exception as e:
-        die(f"--data {path} cannot be read: {e}")
+        die(f"{flag} {path} cannot be read: {e}")
     images, labels = arrays.get("images", arrays.get("arr_0")), arrays.get("labels")
     found = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items())
-    if (images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) < 2
-            or images.ndim == 4 and images.shape[3] not in (1, 3)):
-        die(f"--data {path}: expected 'images', uint8 of (N, H, W) or (N, H, W, 1 or 3), two or "
-            f"more; found {found}")
+    if (images is None or images.dtype != np.uint8 or images.ndim not in (3, 4)
+            or len(images) < least or images.ndim == 4 and images.shape[3] not in (1, 3)):
+        die(f"{flag} {path}: expected 'images', uint8 of (N, H, W) or (N, H, W, 1 or 3), N at "
+            f"least {least}; found {found}")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"
-                               or labels.min() < 0 or labels.max() > 65535):
-        die(f"--data {path}: expected 'labels', one an image, from 0 to 65535; found {found}")
+                               or labels.min() < 0 or len(np.unique(labels)) != labels.max() + 1):
+        die(f"{flag} {path}: expected 'labels', one an image, from 0 to K - 1, each at least once; "
+            f"found {found}")
     return images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2), labels
 
 

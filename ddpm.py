@@ -150,13 +150,18 @@ def parse_args(argv=None, config=None):
     p.set_defaults(**(config or {}))
     args = p.parse_args(argv)
     if args.data in TOYS:
+        if args.size not in (None, "points"):
+            die(f"--size {args.size}: points have one size; leave it out")
         args.size = "points"
     args.size = args.size or ("small" if pick_device(args.device) == "cpu" else "base")
     for key, value in SIZES[args.size].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     for wrong, message in (
+            (not 0 <= args.seed < 2**63, f"--seed {args.seed}: expected 0 or more, below 2^63"),
             (args.width % 4, f"--width {args.width}: expected a multiple of 4"),
+            (any(not 0 <= k < len(args.mults) for k in args.attention), f"--attention "
+             f"{args.attention}: expected levels from 0 to {len(args.mults) - 1}"),
             (args.timesteps < 2, f"--timesteps {args.timesteps}: expected 2 or more"),
             (args.beta2 == 1, "--beta2 1: expected less than 1"),
             (not args.min_snr >= 0, f"--min-snr {args.min_snr}: expected 0 or more"),
@@ -280,14 +285,14 @@ class ResBlock(nn.Module):
     silu(x) = x sigmoid(x). (The slide's sigmoid e^x/(1 + e^x) is inf/inf in code for large x.)
     """
 
-    def __init__(self, C_in, C_out, D, dropout, attend):
+    def __init__(self, C_in, C_out, D, dropout, attends):
         super().__init__()
         self.norm1, self.conv1 = group_norm(C_in), nn.Conv2d(C_in, C_out, 3, padding=1)
         self.time = nn.Linear(D, C_out)
         self.norm2, self.conv2 = group_norm(C_out), zero(nn.Conv2d(C_out, C_out, 3, padding=1))
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(C_in, C_out, 1) if C_in != C_out else nn.Identity()
-        self.attention = Attention(C_out) if attend else nn.Identity()
+        self.attention = Attention(C_out) if attends else nn.Identity()
 
     def forward(self, x, emb):  # (B, C_in, H, W), (B, D)
         h = self.conv1(F.silu(self.norm1(x)))  # (B, C_out, H, W)
@@ -610,7 +615,7 @@ def noise_of(args, *size):
 def generate(args, model, labels, noise=None, keep=None):
     """Images (N, C, H, W) uint8 for labels (N,), from noise (N, C, H, W) or that of --seed."""
     noise = noise_of(args, len(labels)) if noise is None else noise
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed + 1)  # or a CPU would draw x_T once more as the first fresh noise
     abar, out = schedule_of(args), []
     for i in tqdm(range(0, len(noise), 250), desc="samples", leave=False, disable=None):
         y = labels[i:i + 250].to(args.device) if args.classes else None
@@ -630,11 +635,11 @@ def sample(args, model):
     images = generate(args, model, labels)  # (N, C, H, W)
     path = args.save or args.out / "samples.npz"
     save_npz(path, images.permute(0, 2, 3, 1).cpu().numpy(), labels=labels.numpy())
-    say(f"{args.num} samples in {time.time() - start:.1f} s ({args.sampler}, {args.sample_steps} "
-        f"steps, guidance {args.guidance:g}): {path}")
+    say(f"{args.num} samples in {time.time() - start:.1f} s ({args.sampler}, "
+        f"{min(args.sample_steps, args.timesteps)} steps, guidance {args.guidance:g}): {path}")
     # a row of up to ten for each of the first ten classes
     cols = min(10, args.num // max(1, args.classes)) or 10
-    rows = [(labels == c).nonzero()[:cols, 0] for c in range(min(10, args.classes))]
+    rows = [(labels == c).nonzero()[:cols, 0] for c in labels.unique()[:10] if args.classes]
     shown = images[torch.cat(rows) if rows else slice(100)]
     save_png(args.out / "samples.png", grid(shown, cols)[None])
 
@@ -661,10 +666,10 @@ def sample(args, model):
         say("distance to the nearest training image (0: a copy), median and least: "
             f"samples {distance.median():.1f} {distance.min():.1f}", end="")
         real = nearest(load_data(args, "test")[0][:100], known)[0]
-        say(f", test images {real.median():.1f} {real.min():.1f}")
+        say(f", test images {real.median():.1f} {real.min():.1f} (nearest.png)")
     else:
         say(f"nearest.png left out: not all of {args.data} is on this disk")
-    say(f"pictures in {args.out}: samples, trajectory, interpolation, nearest\n"
+    say(f"pictures in {args.out}: samples, trajectory, interpolation\n"
         f"now try: python {NAME}.py --sample {'--guidance 3' if args.classes else '--seed 1'} "
         f"--out {args.out}")
 
@@ -748,7 +753,8 @@ def bits_per_dim(args, model):
         i = torch.randint(len(images), (n,), device=images.device)
         x0 = to_float(images[i])
         xt = q_sample(x0, torch.full_like(i, t), torch.randn_like(x0), abar)
-        y = labels[i] if args.classes else None
+        # a class never seen counts as none
+        y = labels[i].clamp(max=args.classes) if args.classes else None
         guess = make_denoiser(model, y, abar, args.predict, 1.0)(xt, t)  # not in bf16
         nats = bound_term(x0.cpu().double(), guess.cpu().double(), t, abar, args.variance) * per_dim
         mean.append(nats.mean().item())
@@ -855,7 +861,7 @@ def sample_points(args, model, side=320, reach=1.8):
 
     blue, red, grey, dark = (70, 110, 220), (220, 70, 30), (150, 150, 150), (50, 50, 50)
     path, abar = {}, schedule_of(args)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed + 1)  # as in generate
     denoise = make_denoiser(model, None, abar, args.predict, 1.0)
     with torch.no_grad():
         sample_loop(denoise, noise_of(args, args.num).to(args.device), abar, args.sampler,
@@ -1093,25 +1099,27 @@ def load_data(args, split):
     return images, labels
 
 
-def own_data(path):
+def own_data(path, flag="--data"):
     """Images (N, C, H, W) uint8 and labels (N,) or None of a .npy or .npz file."""
+    least, names = (2, f"{', '.join(DATASETS)} or ") if flag == "--data" else (1, "")
     if not path.endswith((".npy", ".npz")):
-        die(f"--data {path} is not known; choose {', '.join(DATASETS)} or a .npy or .npz file")
+        die(f"{flag} {path} is not known; choose {names}a .npy or .npz file")
     try:
         file = np.load(path)
         named = not isinstance(file, np.ndarray)
         arrays = {k: np.asarray(file[k]) for k in file.files} if named else {"images": file}
     except Exception as e:
-        die(f"--data {path} cannot be read: {e}")
+        die(f"{flag} {path} cannot be read: {e}")
     images, labels = arrays.get("images", arrays.get("arr_0")), arrays.get("labels")
     found = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items())
-    if (images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) < 2
-            or images.ndim == 4 and images.shape[3] not in (1, 3)):
-        die(f"--data {path}: expected 'images', uint8 of (N, H, W) or (N, H, W, 1 or 3), two or "
-            f"more; found {found}")
+    if (images is None or images.dtype != np.uint8 or images.ndim not in (3, 4)
+            or len(images) < least or images.ndim == 4 and images.shape[3] not in (1, 3)):
+        die(f"{flag} {path}: expected 'images', uint8 of (N, H, W) or (N, H, W, 1 or 3), N at "
+            f"least {least}; found {found}")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"
-                               or labels.min() < 0 or labels.max() > 65535):
-        die(f"--data {path}: expected 'labels', one an image, from 0 to 65535; found {found}")
+                               or labels.min() < 0 or len(np.unique(labels)) != labels.max() + 1):
+        die(f"{flag} {path}: expected 'labels', one an image, from 0 to K - 1, each at least once; "
+            f"found {found}")
     return images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2), labels
 
 

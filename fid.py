@@ -142,8 +142,8 @@ def parse_args(argv=None, config=None):
             (args.save_stats and not args.sets, "--save-stats: name a set of images"),
             (args.classes and (len(args.sets) < 2 or args.features != "ours"),
              "--classes: needs REAL, FAKE and --features ours"),
-            (args.train and args.size == "paper",
-             "--size paper: its network is downloaded, not trained; leave out --train"),
+            (args.train and args.features != "ours", f"--features {args.features}: only those of "
+             "--features ours are trained; leave out --train"),
             (args.resume and not args.train, "--resume: needs --train"),
             (args.export and not args.train, "--export: needs --train"),
             (args.save_stats and (args.save_stats.exists() or args.save_stats.suffix != ".npz"),
@@ -203,17 +203,18 @@ def frechet_bias(S1, S2, n1, n2, between=None):
     the errors. S1 and S2 are themselves estimates, which misses a share D/(2 n) of the bias."""
     # An error in mu adds tr S/n. One in S2 is one in M = A^T S2 A = U diag(s^2) U^T, A A^T = S1.
     # tr M^(1/2) is concave: to second order errors make it lose sum_ij dM_ij^2/(4 s_i s_j (s_i +
-    # s_j)), and FD gains twice that. E dM_ij^2 = s_i^2 s_j^2 (1 + [i = j]) (1 - b_i b_j)/(n2 - 1):
-    # Wishart's, with b_i the share of variance i that lies between fixed classes. Likewise S1.
+    # s_j)), and FD gains twice that. E dM_ij^2 = s_i^2 s_j^2 (1 + [i = j] - b_ii b_jj - b_ij^2)/(n2
+    # - 1): Wishart's, but for b = U^T A^T between A U / (s_i s_j), which is fixed. Likewise S1.
     A = factor(S1)
     U, s, _ = torch.linalg.svd(A.T @ factor(S2), full_matrices=False)  # (r, r'), (r',)
     U, s = U[:, s > 0], s[s > 0]
-    pair = s[:, None] * s / (s[:, None] + s)
-    pair = pair + pair.diag().diag()  # (r', r')
-    bias = S1.trace() / n1 + S2.trace() / n2 + pair.sum() / 2 * (1 / (n1 - 1) + 1 / (n2 - 1))
+    pair = s[:, None] * s / (s[:, None] + s)  # (r', r')
+    bias = S1.trace() / n1 + S2.trace() / n2
+    bias += (pair.sum() + pair.trace()) / 2 * (1 / (n1 - 1) + 1 / (n2 - 1))
     if between is not None:
-        b = ((between @ A @ U) * (A @ U)).sum(0) / s**2  # (r',)
-        bias -= between.trace() / n2 + (pair * torch.outer(b, b)).sum() / 2 / (n2 - 1)
+        b = (A @ U).T @ between @ (A @ U) / torch.outer(s, s)  # (r', r')
+        fixed = torch.outer(b.diag(), b.diag()) + b.square()
+        bias -= between.trace() / n2 + (pair * fixed).sum() / 2 / (n2 - 1)
     return float(bias)
 
 
@@ -225,9 +226,9 @@ def gaussian(X):
 
 def between_classes(X, y):
     """Covariance (D, D) of the class means of X (N, D), each class as often as in labels y (N,)."""
-    one = F.one_hot(y).double()  # (N, K)
+    one = F.one_hot(y.unique(return_inverse=True)[1]).double()  # (N, K)
     share = one.mean(0)
-    means = one.T @ X.double() / (len(y) * share)[:, None].clamp(min=1) - X.double().mean(0)
+    means = one.T @ X.double() / (len(y) * share)[:, None] - X.double().mean(0)
     return (means.T * share) @ means
 
 
@@ -526,12 +527,17 @@ def loss(model, x, y):
 # ---- 6. Sets of images, and their features -------------------------------------------------------
 
 
+def part_of(spec):
+    """"name[a:b]" -> name, a, b: the set meant, and which of its images."""
+    part = None if Path(spec).exists() else re.fullmatch(r"(.+)\[(\d*):(\d*)\]", spec, re.S)
+    return (part[1], int(part[2] or 0), int(part[3] or sys.maxsize)) if part else (
+        spec, 0, sys.maxsize)
+
+
 def read_set(spec, args):
     """Yields images (B, C, H, W) uint8 and labels (B,) or None of what spec names, B at most 500;
     never more than that is in memory, but for the data sets."""
-    source, first, last = spec, 0, sys.maxsize
-    if not Path(spec).exists() and (match := re.fullmatch(r"(.+)\[(\d*):(\d*)\]", spec, re.S)):
-        source, first, last = match[1], int(match[2] or 0), int(match[3] or sys.maxsize)
+    source, first, last = part_of(spec)
     at, shape = 0, None
     name, _, split = source.partition(":")
     if name in DATASETS:
@@ -1079,15 +1085,18 @@ def sweep(args, ckpt):
 
     say(f"{title} of N test images to {real.n:,} training images, mean over up to 10 sets\n"
         f"{'N':>8}{'FD':>10}{'its bias':>10}{'less bias':>11}")
-    table = []
+    curve, less = [], []
     for n in (len(x) // k for k in (1, 2, 3, 4, 5, 7, 10, 15, 20)):
         sets = [gaussian(part) for part in X[:n * (len(X) // n)].split(n)[:10]]
         fd = np.mean([frechet_distance(real.mu, real.S, *g) for g in sets])
-        bias = np.mean([frechet_bias(real.S, g[1], real.n, n) for g in sets])
-        table.append((1000 / n, fd, fd - bias))
+        curve.append((1000 / n, fd))
+        bias = np.nan
+        if n > 2 * X.shape[1]:  # as in measures: the formula is of first order in D/n
+            bias = np.mean([frechet_bias(real.S, g[1], real.n, n) for g in sets])
+            less.append((1000 / n, fd - bias))
         say(f"{n:8,}{fd:10.4f}{bias:10.4f}{fd - bias:11.4f}")
-    inverse, fds, less = zip(*table)
-    picture = plot({"FD": (inverse, fds), "less its bias": (inverse, less)}, "1000/N")
+    curves = {"FD": curve} | ({"less its bias": less} if less else {})
+    picture = plot({name: tuple(zip(*points)) for name, points in curves.items()}, "1000/N")
     heading = caption(f"{title}: images of the same kind, fewer and fewer", 900)
     save_png(args.out / "sweep_images.png", stack([heading, picture])[None])
 
@@ -1108,7 +1117,7 @@ def sweep(args, ckpt):
             fake = summarise(((b, None) for b in damaged.split(500)), f, args, name)
             rows.append((frechet_distance(real.mu, real.S, fake.mu, fake.S),
                          *precision_recall(real.kept, fake.kept, args.k)))
-            examples.append(damaged[len(x) // 32::len(x) // 16])
+            examples.append(damaged[len(x) // 32::len(x) // 16][:16])
         fds, precision, recall = zip(*rows)
         say(f"\n{len(x):,} test images, {text}\n{name:>12}"
             + "".join(f"{s:>9g}" for s in strengths))
@@ -1226,9 +1235,10 @@ def read_pairs(args):
         sets.append(torch.cat(images).numpy().transpose(0, 2, 3, 1))
         prompts.append(None if labels[0] is None else
                        [f"class {y}" for y in torch.cat(labels).tolist()])
-        if spec.endswith(".npz") and "captions" in (file := np.load(spec)).files:
+        name, first, last = part_of(spec)
+        if name.endswith(".npz") and "captions" in (file := np.load(name)).files:
             try:
-                captions = np.asarray(file["captions"])
+                captions = np.asarray(file["captions"])[first:last]
                 prompts[-1] = captions.tolist()
             except Exception as e:
                 die(f"{spec}: captions are damaged ({e})")
@@ -1655,25 +1665,27 @@ def load_data(args, split):
     return images, labels
 
 
-def own_data(path):
+def own_data(path, flag="--data"):
     """Images (N, C, H, W) uint8 and labels (N,) or None of a .npy or .npz file."""
+    least, names = (2, f"{', '.join(DATASETS)} or ") if flag == "--data" else (1, "")
     if not path.endswith((".npy", ".npz")):
-        die(f"--data {path} is not known; choose {', '.join(DATASETS)} or a .npy or .npz file")
+        die(f"{flag} {path} is not known; choose {names}a .npy or .npz file")
     try:
         file = np.load(path)
         named = not isinstance(file, np.ndarray)
         arrays = {k: np.asarray(file[k]) for k in file.files} if named else {"images": file}
     except Exception as e:
-        die(f"--data {path} cannot be read: {e}")
+        die(f"{flag} {path} cannot be read: {e}")
     images, labels = arrays.get("images", arrays.get("arr_0")), arrays.get("labels")
     found = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items())
-    if (images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) < 2
-            or images.ndim == 4 and images.shape[3] not in (1, 3)):
-        die(f"--data {path}: expected 'images', uint8 of (N, H, W) or (N, H, W, 1 or 3), two or "
-            f"more; found {found}")
+    if (images is None or images.dtype != np.uint8 or images.ndim not in (3, 4)
+            or len(images) < least or images.ndim == 4 and images.shape[3] not in (1, 3)):
+        die(f"{flag} {path}: expected 'images', uint8 of (N, H, W) or (N, H, W, 1 or 3), N at "
+            f"least {least}; found {found}")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"
-                               or labels.min() < 0 or labels.max() > 65535):
-        die(f"--data {path}: expected 'labels', one an image, from 0 to 65535; found {found}")
+                               or labels.min() < 0 or len(np.unique(labels)) != labels.max() + 1):
+        die(f"{flag} {path}: expected 'labels', one an image, from 0 to K - 1, each at least once; "
+            f"found {found}")
     return images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2), labels
 
 

@@ -44,6 +44,7 @@ Papers     Rombach et al. 2022, High-Resolution Image Synthesis with Latent Diff
 import argparse
 import collections
 import copy
+import functools
 import gzip
 import hashlib
 import io
@@ -84,7 +85,8 @@ SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
         patch=1, model_steps=50_000, model_batch=512, model_lr=3e-4, ema=0.9995, side_width=96,
         side_steps=5000, side_batch=512, side_lr=1e-3, warmup=1000, guidance=3.0,
         sample_steps=25, num=8, every=5000),
-    "paper": dict(  # Stable Diffusion 1's U-Net, Flux.1's transformer; pairs of 256 x 256 or more
+    "paper": dict(  # Stable Diffusion 1's U-Net; with --heads 24 Flux.1's transformer, but for
+        # its 16 channels of latents and its text encoders; pairs of 256 x 256 or more
         scenes=200_000, width=128, latent_dim=4, codebook_size=8192, steps=200_000, batch_size=64,
         lr=1e-4, text_length=77, merges=49_152, text_width=768, text_layers=12,
         channels=[320, 640, 1280, 1280], coordinates=0, layers=2, groups=32, heads=8,
@@ -179,7 +181,8 @@ def parse_args(argv=None, config=None):
     add("--save", type=Path, help="where the samples go, by default OUT/samples.npz")
     add("--guidance", type=float, metavar="W", help="uncond + W (cond - uncond): a larger W is "
         "more faithful to the text and less varied; 1 is conditional, 0 unconditional")
-    add("--sample-steps", type=positive, help="evaluations of the network from noise to image")
+    add("--sample-steps", type=positive, help="from noise to image; heun evaluates the network "
+        "twice in each")
     add("--sampler", choices=["euler", "heun"], default="euler",
         help="euler, which for diffusion is DDIM; heun, of second order, is for --objective flow")
     p.set_defaults(**(config or {}))
@@ -189,16 +192,25 @@ def parse_args(argv=None, config=None):
         if getattr(args, key) is None:
             setattr(args, key, value)
     for wrong, message in (
+            (not 0 <= args.seed < 2**63, f"--seed {args.seed}: expected 0 or more, below 2^63"),
             (args.codebook_size < 2, f"--codebook-size {args.codebook_size}: expected 2 or more"),
-            (any(c % args.groups or c % args.heads for c in args.channels), f"--channels "
-             f"{args.channels}: expected multiples of --groups {args.groups} and --heads "
-             f"{args.heads}"),
+            (args.width < 2, f"--width {args.width}: expected 2 or more"),
+            (args.backbone == "unet" and any(
+                c % 2 or c % args.groups or c % args.heads for c in args.channels),
+             f"--channels {args.channels}: expected even multiples of --groups {args.groups} and "
+             f"--heads {args.heads}"),
             (args.text_width % 32, f"--text-width {args.text_width}: expected a multiple of 32"),
-            (args.dit_width % (4 * args.heads), f"--dit-width {args.dit_width}: expected a "
-             f"multiple of 4 x --heads {args.heads}"),
+            (args.backbone == "dit" and args.dit_width % (4 * args.heads), f"--dit-width "
+             f"{args.dit_width}: expected a multiple of 4 x --heads {args.heads}"),
+            (not math.isfinite(args.guidance), "--guidance: expected a finite number"),
+            (args.data != "mnist" and args.eval,
+             "--eval: only for our own scenes, where it is known what should be seen"),
+            (args.data != "mnist" and args.enhance is not None,
+             "--enhance: knows the grammar of our own captions only"),
             (not 0 < args.strength <= 1, f"--strength {args.strength}: expected 0 to 1, not 0"),
             (args.mask and not args.inpaint, "--mask: only for --inpaint"),
-            (args.sampler == "heun" and args.objective != "flow",
+            (args.sampler == "heun" and args.objective != "flow" and (
+                config or args.train and not args.resume),  # else the checkpoint will tell
              "--sampler heun: only for --objective flow"),
             (not args.kl >= 0, f"--kl {args.kl}: expected 0 or more")):
         if wrong:
@@ -327,7 +339,7 @@ class BytePairs:
 
     def encode_word(self, word):
         if word not in self.known:
-            tokens = list(word.encode())
+            tokens = list(word.encode(errors="replace"))
             while len(tokens) > 1:  # in the order in which pairs were learned
                 pair = min(zip(tokens, tokens[1:]), key=lambda p: self.rank.get(p, math.inf))
                 if pair not in self.rank:
@@ -503,23 +515,22 @@ class VariationalAutoencoder(nn.Module):
 T = 1000  # diffusion's steps
 
 
-def make_levels():
+@functools.cache  # a device has them once
+def levels(device):
     """sqrt(abar_t) and sqrt(1 - abar_t) for t = 0..T, (T+1,) each: Stable Diffusion's schedule, in
     which sqrt(beta) is linear. (Its sqrt(abar_T) is 0.068, not 0: a little of z_0 shows in z_T.)"""
     beta = torch.linspace(0.00085**0.5, 0.012**0.5, T, dtype=torch.float64) ** 2
     # abar_t = prod_{i=1..t} (1 - beta_i), abar_0 = 1
     abar = torch.cat([torch.ones(1).double(), (1 - beta).cumprod(0)])
-    return abar.sqrt().float(), (1 - abar).sqrt().float()
-
-
-LEVELS = make_levels()
+    return abar.sqrt().float().to(device), (1 - abar).sqrt().float().to(device)
 
 
 def level(t, objective):
     """a_t and s_t (B,) for t (B,) in 0..1."""
     if objective == "flow":
         return 1 - t, t
-    a, s = (table.to(t.device)[(t * T).round().long()] for table in LEVELS)
+    step = (t * T).round().long().clamp(min=(t > 0).long())  # what is not clean is at least at 1
+    a, s = (table[step] for table in levels(t.device))
     return a, s
 
 
@@ -931,8 +942,9 @@ class FluxTransformer(nn.Module):
         """x (B, C, h, w), t (B,) in 0..1000, context (B, N, D_text) -> (B, C, h, w)."""
         B, C, h, w = x.shape
         p, N = self.patch, context.shape[1]
-        place = torch.cartesian_prod(torch.arange(h // p), torch.arange(w // p))  # (n, 2)
-        place = torch.cat([torch.zeros(N, 2), place + 1.0]).to(x.device)  # all text at one place
+        place = torch.cartesian_prod(torch.arange(1.0, h // p + 1, device=x.device),
+                                     torch.arange(1.0, w // p + 1, device=x.device))  # (n, 2)
+        place = torch.cat([place.new_zeros(N, 2), place])  # all text at one place
         vector = self.time_in(self.time_proj(t).to(x.dtype)) + self.vector_in(context.mean(1))
         text, image = self.text_in(context), self.image_in(F.unfold(x, p, stride=p).mT)  # (B, n, D)
         for block in self.double_blocks:
@@ -953,7 +965,9 @@ class TextEncoder(nn.Module):
 
     def __init__(self, vocabulary, N, D, layers):
         super().__init__()
-        self.word = nn.Embedding(vocabulary + N, D)  # N(0, 1); places as large: "red" of what?
+        # both N(0, 1): were places small, all "a red seven left of a blue two" would begin alike,
+        # whoever is red
+        self.word = nn.Embedding(vocabulary + N, D)
         self.place = nn.Parameter(torch.randn(N, D))
         self.blocks = nn.Sequential(*[
             nn.TransformerEncoderLayer(D, D // 32, 4 * D, 0.0, "gelu", batch_first=True,
@@ -1247,8 +1261,8 @@ def fit(args, model, stage, state):
         for group in opt.param_groups:  # warm up, then down to zero
             group["lr"] = stage.lr * min(1, step / args.warmup) * (1 - (step - 1) / stage.steps)
         with autocast(args):
-            objective, figure = net(*batch)
-        objective.backward()
+            error, figure = net(*batch)
+        error.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         opt.step()
         opt.zero_grad()
@@ -1275,7 +1289,7 @@ def fit(args, model, stage, state):
             save_checkpoint(args.out / "model.pt", state)
             save_history(args.out, state["history"])
             tqdm.write(f"{stage.name} {step:,}: {text}, {speed:.1f} steps/s, "
-                       f"{speed * stage.batch_size:.0f} img/s")
+                       f"{speed * stage.batch_size:.0f} samples/s")
             sys.stdout.flush()
             if not done and hasattr(stage, "picture"):
                 model.eval()
@@ -1285,6 +1299,7 @@ def fit(args, model, stage, state):
             clock, since = time.time(), step
         if done and step < stage.steps:
             say(f"stopped at {step}; to go on: python {NAME}.py --train --resume --out {args.out}")
+            break
     signal.signal(signal.SIGINT, signal.default_int_handler)
     model.eval()
     return not stop
@@ -1292,8 +1307,12 @@ def fit(args, model, stage, state):
 
 def train(args, ckpt=None):
     """Trains one part after the other and returns the model; ckpt: go on."""
+    if ckpt and "optimizer" not in ckpt:
+        die("--resume: the checkpoint was made to sample, and cannot be trained further")
     images, texts, facts = load_pairs(args, "train")
-    args.shape, args.learned = list(images.shape[1:]), BytePairs.learn(texts, args.merges)
+    args.shape = list(images.shape[1:])
+    if not ckpt:  # or other captions would give words other tokens
+        args.learned = BytePairs.learn(texts, args.merges)
     side = 4 * (args.patch if args.backbone == "dit" else 2 ** (len(args.channels) - 1))
     if args.shape[1] % side or args.shape[2] % side:
         die(f"--data {args.data}: images of {args.shape[1]} x {args.shape[2]}, but height and "
@@ -1462,7 +1481,9 @@ def pairs(autoencoder, images):
 def image_file(args, flag, path, any_channels=False):
     """The one image (1, C, H, W) uint8 of a .png, or the first of a .npz or .npy; of the size that
     the model was trained on."""
-    if path.suffix == ".png":
+    if path.suffix.lower() not in (".png", ".npz", ".npy"):
+        die(f"{flag} {path}: expected a .png, .npz or .npy file")
+    if path.suffix.lower() == ".png":
         data = path.read_bytes()
         try:
             x = read_png(data)[None]
@@ -1472,7 +1493,7 @@ def image_file(args, flag, path, any_channels=False):
             die(f"{flag} {path} is cut off or damaged ({e})")
         x = x.transpose(0, 3, 1, 2)
     else:
-        x = own_data(str(path))[0][:1]
+        x = own_data(str(path), flag)[0][:1]
     if list(x.shape[any_channels + 1:]) != args.shape[any_channels:]:
         die(f"{flag} {path}: an image of {list(x.shape[1:])}, but the model was trained on "
             f"{args.shape}")
@@ -1541,9 +1562,9 @@ def interpolate(args, model, steps=9, ways=4):
 def guidance_sweep(args, model):
     """The first prompt at guidance 1, 2, 4 and 8, from the same noise: guidance.png."""
     text = prompt_of(model, (args.prompt or args.examples[1:] + args.examples)[0])
-    rows, weights = [], (1, 2, 4, 8)
-    for args.guidance in weights:
-        rows.append(draw_texts(args, model, model.tokens([text]), args.num)[0])
+    rows, weights, one = [], (1, 2, 4, 8), copy.copy(args)
+    for one.guidance in weights:
+        rows.append(draw_texts(one, model, model.tokens([text]), args.num)[0])
     heads = [f"{text}, guidance {w}" for w in weights]
     save_png(args.out / "guidance.png", rows_of(heads, rows)[None])
     say(f"guidance.png in {args.out}")
@@ -1588,23 +1609,25 @@ def attention_maps(args, model):
 
 
 def fill_in_prompt(text, rng):
-    """A short prompt as a whole caption: what colours, digits and relation it names stay, in order;
-    what is missing is drawn. "seven above" -> "a red seven above a blue two"."""
-    words = text.split()
-    colours, digits = ([w for w in words if w in known] for known in (COLOURS, DIGITS))
+    """A short prompt as a whole caption: what colours, digits and relation it names stay where they
+    are; what is missing is drawn. "seven above a blue" -> "a red seven above a blue two"."""
+    things, at = [{}, {}], 0  # the relation, a second digit or colour begin the second thing
+    for word in text.split():
+        kind = "colour" if word in COLOURS else "digit" if word in DIGITS else None
+        at = 1 if word in " ".join(RELATIONS).split() or kind in things[at] else at
+        if kind:
+            things[at][kind] = word
     relation = next((r for r in RELATIONS if f" {r} " in f" {text} "), rng.choice([*RELATIONS]))
     parts = []
-    for i in range(2):
-        colour = colours[i] if i < len(colours) else rng.choice([*COLOURS])
-        digit = digits[i] if i < len(digits) else rng.choice(DIGITS)
+    for thing in things:
+        colour = thing.get("colour", rng.choice([*COLOURS]))
+        digit = thing.get("digit", rng.choice(DIGITS))
         parts.append(f"{'an' if colour[0] == 'o' else 'a'} {colour} {digit}")
     return f"{parts[0]} {relation} {parts[1]}"
 
 
 def enhance_prompt(args, model, ways=3):
     """Fills in a short prompt, and draws it and each longer one: enhance.png."""
-    if args.data != "mnist":
-        die("--enhance: knows the grammar of our own captions only")
     short, rng = prompt_of(model, args.enhance), np.random.default_rng(args.seed)
     texts = [short] + [fill_in_prompt(short, rng) for _ in range(ways)]
     for text in texts[1:]:
@@ -1618,8 +1641,6 @@ def report(args, model, num=1000):
     """Prints how often the right thing is seen: in real scenes of test digits, in the same from
     their latents, and in what is drawn for prompts whose pairs of digit and colour training shows,
     in whole captions and short ones, and for prompts whose pairs it never shows."""
-    if args.data != "mnist":
-        die("--eval: only for our own scenes, where it is known what should be seen")
     images, _, facts = load_pairs(args, "test")
     say(f"{'share that is right':38}   digit  colour  relation   all")
 
@@ -1635,7 +1656,7 @@ def report(args, model, num=1000):
                               (False, False, "drawn, pairs never seen")):
         rng = np.random.default_rng(args.seed + 1)
         wanted = random_facts(num, rng, seen, single=0)
-        texts = [describe(f, rng.random() < 0.5, short) for f in wanted]
+        texts = [describe(f, rng.random() < 0.5 and args.turned > 0, short) for f in wanted]
         x = draw_texts(args, model, model.tokens(texts), 1).flatten(0, 1)
         line(name, x, torch.from_numpy(wanted).to(args.device))
 
@@ -1875,25 +1896,27 @@ def load_data(args, split):
     return images, labels
 
 
-def own_data(path):
+def own_data(path, flag="--data"):
     """Images (N, C, H, W) uint8 and labels (N,) or None of a .npy or .npz file."""
+    least, names = (2, f"{', '.join(DATASETS)} or ") if flag == "--data" else (1, "")
     if not path.endswith((".npy", ".npz")):
-        die(f"--data {path} is not known; choose {', '.join(DATASETS)} or a .npy or .npz file")
+        die(f"{flag} {path} is not known; choose {names}a .npy or .npz file")
     try:
         file = np.load(path)
         named = not isinstance(file, np.ndarray)
         arrays = {k: np.asarray(file[k]) for k in file.files} if named else {"images": file}
     except Exception as e:
-        die(f"--data {path} cannot be read: {e}")
+        die(f"{flag} {path} cannot be read: {e}")
     images, labels = arrays.get("images", arrays.get("arr_0")), arrays.get("labels")
     found = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items())
-    if (images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) < 2
-            or images.ndim == 4 and images.shape[3] not in (1, 3)):
-        die(f"--data {path}: expected 'images', uint8 of (N, H, W) or (N, H, W, 1 or 3), two or "
-            f"more; found {found}")
+    if (images is None or images.dtype != np.uint8 or images.ndim not in (3, 4)
+            or len(images) < least or images.ndim == 4 and images.shape[3] not in (1, 3)):
+        die(f"{flag} {path}: expected 'images', uint8 of (N, H, W) or (N, H, W, 1 or 3), N at "
+            f"least {least}; found {found}")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"
-                               or labels.min() < 0 or labels.max() > 65535):
-        die(f"--data {path}: expected 'labels', one an image, from 0 to 65535; found {found}")
+                               or labels.min() < 0 or len(np.unique(labels)) != labels.max() + 1):
+        die(f"{flag} {path}: expected 'labels', one an image, from 0 to K - 1, each at least once; "
+            f"found {found}")
     return images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2), labels
 
 

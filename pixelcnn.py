@@ -28,12 +28,14 @@ Expect     digits, 256 levels, 7 minutes on 2 CPU cores: 0.873 bits/dim on the t
            trajectory (an animation), loss (.png, .csv), step_000500.png and so on; and by verb
            complete, score, classify, receptive_field (.png).
 Left out   up- and downsampling inside the network, attention (PixelSNAIL), dropout, ensembles
-Try        1. --levels 2: black and white digits, in nats beside the literature's 80.
-           2. --arch plain against gated at equal time: what does the blind spot cost?
+Try        1. --levels 2: black and white digits. Their nats are not the literature's 80, whose
+              digits were drawn black or white by chance; which is the harder task?
+           2. --arch plain against gated at equal time: what do blind spot and missing gate cost?
            3. --sample --temperature 0.8, 1, 1.2: what is gained, what is lost?
-Papers     van den Oord et al. 2016, Pixel Recurrent Neural Networks; van den Oord et al. 2016,
+Papers     van den Oord et al. 2016a, Pixel Recurrent Neural Networks; van den Oord et al. 2016b,
            Conditional Image Generation with PixelCNN Decoders; Salimans et al. 2017, PixelCNN++;
-           Ramachandran et al. 2017, Fast Generation for Convolutional Autoregressive Models
+           Ramachandran et al. 2017, Fast Generation for Convolutional Autoregressive Models; Ho
+           & Salimans 2022, Classifier-Free Diffusion Guidance
 """
 import argparse
 import copy
@@ -111,7 +113,8 @@ def parse_args(argv=None, config=None):
     add("--levels", type=positive, default=256, metavar="K", help="grey levels, 2 to 256")
     add("--mixtures", type=positive, default=5, help="logistics in a mixture")
     add("--width", type=positive, help="channels D; cost grows with its square")
-    add("--dilations", type=positive, nargs="+", help="one block each; how far apart its taps lie")
+    add("--dilations", type=positive, nargs="+", help="one block each; how far apart its "
+        "taps lie (--arch plain: only how many blocks)")
     add("--hidden", type=positive, help="units between the last block and the logits")
     add("--unconditional", action="store_true", help="ignore the labels")
     # training
@@ -136,6 +139,7 @@ def parse_args(argv=None, config=None):
         if getattr(args, key) is None:
             setattr(args, key, value)
     for wrong, message in (
+            (not 0 <= args.seed < 2**63, f"--seed {args.seed}: expected 0 or more, below 2^63"),
             (not 2 <= args.levels <= 256, f"--levels {args.levels}: expected 2 to 256"),
             (not args.temperature > 0, f"--temperature {args.temperature}: expected more than 0"),
             (args.beta2 == 1, "--beta2 1: expected less than 1")):
@@ -245,8 +249,8 @@ def left(h, distance):
 
 class Block(nn.Module):
     """A gated block of two stacks (van den Oord et al. 2016b). v may look at its own row, since the
-    first layer moved it down by one; h looks left, and at v: together all earlier pixels, and no
-    blind spot."""
+    first layer moved it down by one; h looks left, and at v: together all earlier pixels that are
+    near enough, 3 plus the sum of all dilations, and no blind spot."""
 
     def __init__(self, D, classes, dilation):
         super().__init__()
@@ -259,7 +263,7 @@ class Block(nn.Module):
 
     def forward(self, v, h, y):
         for_v, for_h = self.label(y)[:, None, None].chunk(2, -1)
-        up = F.glu(self.above(v) + for_v, -1)  # the gate: a * sigma(b)
+        up = F.glu(self.above(v) + for_v, -1)  # the gate: a * sigma(b), where the paper has tanh(a)
         return v + up, self.horizontal(h, left(h, self.dilation), up, for_h)
 
     def horizontal(self, h, further, up, for_h):
@@ -648,8 +652,9 @@ def sample(args, model):
     draw_images(args, model, few, watch=watch)
     # the whole image first: it is what viewers show that cannot play an animation
     save_png(args.out / "trajectory.png", np.stack(frames[-1:] * 8 + frames))
+    more = "--complete --score" + " --classify" * (args.classes > 0)
     say(f"pictures in {args.out}: samples, trajectory\n"
-        f"now try: python {NAME}.py --complete --score --classify --out {args.out}")
+        f"now try: python {NAME}.py {more} --out {args.out}")
 
 
 def test_images(args, num=None):
@@ -660,7 +665,8 @@ def test_images(args, num=None):
             f"{args.shape}")
     if labels is None or args.unconditional:
         labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
-    return to_levels(images[:num], args.levels), labels[:num]
+    labels = labels[:num].clamp(max=args.classes)  # a class never seen counts as none
+    return to_levels(images[:num], args.levels), labels
 
 
 @torch.no_grad()
@@ -767,14 +773,14 @@ def score(args, model):
             images = load_data(where, "test")[0][:500]
             if list(images.shape[1:]) == list(args.shape):
                 sets[other] = to_levels(images, args.levels)
-    greys = torch.linspace(0, args.levels - 1, 5).long().to(x.device)
-    sets["constant"] = greys.view(5, 1, 1, 1).expand(-1, *args.shape)
+    greys = torch.linspace(0, args.levels - 1, 5).round().long().unique().to(x.device)
+    sets["constant"] = greys.view(-1, 1, 1, 1).expand(-1, *args.shape)
     scale, curves, rows = x[0].numel() * math.log(2), {}, []
     for name, images in sets.items():
         bits = -log_joint(args, model, images).logsumexp(1).numpy() / scale
         say(f"{name:18} bits/dim: mean {bits.mean():7.3f}, least {bits.min():7.3f}, most "
             f"{bits.max():7.3f}")
-        count, edges = np.histogram(np.log10(np.maximum(bits, 1e-3)), 40, (-2.5, 1.5))
+        count, edges = np.histogram(np.log10(bits.clip(0.0032, 31)), 40, (-2.5, 1.5))
         curves[name] = (edges[:-1] + 0.05, count / len(bits))
         picture = grid(from_levels(images[:12], args.levels), 12)
         picture = picture[:, :picture.shape[1] // 12 * min(12, len(images))]
@@ -792,7 +798,7 @@ def receptive_field(args):
     rows = []
     for name, kind in (("gated", Gated), ("plain", Plain)):
         fields = []
-        for n in range(min(7, len(args.dilations) + 1)):
+        for n in range(len(args.dilations) + 1):
             torch.manual_seed(0)
             net = kind([1, 28, 28], 2, 0, 8, args.dilations[:n], 8, "softmax", 1).double()
             fields.append(field_of(net, 14, 14))
@@ -1016,36 +1022,28 @@ def load_data(args, split):
     return images, labels
 
 
-def own_data(path):
+def own_data(path, flag="--data"):
     """Images (N, C, H, W) uint8 and labels (N,) or None of a .npy or .npz file."""
+    least, names = (2, f"{', '.join(DATASETS)} or ") if flag == "--data" else (1, "")
     if not path.endswith((".npy", ".npz")):
-        die(f"--data {path} is not known; choose {', '.join(DATASETS)} or a .npy or .npz file")
+        die(f"{flag} {path} is not known; choose {names}a .npy or .npz file")
     try:
         file = np.load(path)
         named = not isinstance(file, np.ndarray)
         arrays = {k: np.asarray(file[k]) for k in file.files} if named else {"images": file}
     except Exception as e:
-        die(f"--data {path} cannot be read: {e}")
+        die(f"{flag} {path} cannot be read: {e}")
     images, labels = arrays.get("images", arrays.get("arr_0")), arrays.get("labels")
     found = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items())
-    if (images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) < 2
-            or images.ndim == 4 and images.shape[3] not in (1, 3)):
-        die(f"--data {path}: expected 'images', uint8 of (N, H, W) or (N, H, W, 1 or 3), two or "
-            f"more; found {found}")
+    if (images is None or images.dtype != np.uint8 or images.ndim not in (3, 4)
+            or len(images) < least or images.ndim == 4 and images.shape[3] not in (1, 3)):
+        die(f"{flag} {path}: expected 'images', uint8 of (N, H, W) or (N, H, W, 1 or 3), N at "
+            f"least {least}; found {found}")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"
-                               or labels.min() < 0 or labels.max() > 65535):
-        die(f"--data {path}: expected 'labels', one an image, from 0 to 65535; found {found}")
+                               or labels.min() < 0 or len(np.unique(labels)) != labels.max() + 1):
+        die(f"{flag} {path}: expected 'labels', one an image, from 0 to K - 1, each at least once; "
+            f"found {found}")
     return images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2), labels
-
-
-def to_float(x):
-    """uint8 0..255 -> float -1..1; floats pass."""
-    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
-
-
-def to_uint8(x):
-    """float -1..1 -> uint8 0..255, rounded (to cut off would darken)."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def grid(images, cols, width=900):

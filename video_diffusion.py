@@ -16,21 +16,21 @@ Notation   x_0, x_t     x0, xt   (B, F, C, H, W)  clips in [-1, 1]; F frames, in
            t            t        (B, F)           1..T; 0 for frames that are given
            given        known    (B, F)           true or false
            K            K        (B, F, 3, 3)     intrinsics, in pixels
-           [R|t]        pose     (B, F, 3, 4)     camera-to-world: R's columns are right, down and
+           [R|c]        pose     (B, F, 3, 4)     camera-to-world: R's columns are right, down and
                                                   forward, the last is the centre c
            rays         rays     (B, F, k, h, w)  Pluecker coordinates, where they cross two
                                                   planes; or place, which digits; h x w patches
 Run        python video_diffusion.py --train                   two digits that bounce
-           python video_diffusion.py --train --data orbit      a table with spheres, and a camera
+           python video_diffusion.py --train --data orbit --out out/orbit      with a camera
            python video_diffusion.py --sample --digits 3 8     new clips of these two
            python video_diffusion.py --given 4 --length 24     go on from 4 real frames
            python video_diffusion.py --between                 from the first and the last frame
-           python video_diffusion.py --orbit                   around a scene, from one picture
+           python video_diffusion.py --orbit --out out/orbit   around a scene, from one picture
            python video_diffusion.py --eval                    motion, or geometry, measured
 Expect     --data orbit, 12 minutes on 2 CPU cores: new views from one picture at 20.8 dB (that
            picture copied: 10.9), spheres 1.3 pixels from where they should be; the enclosed model,
            over an hour: 23.1 dB, 0.84 pixels. Moving digits, 26 minutes in float32: they bounce,
-           but change their shape on the way. One H100, --size base: 476 clips/s.
+           but change their shape on the way. One H100, orbits, --size base: 476 clips/s.
            In out/video_diffusion/: model.pt, samples (.npz, .png, and _film.png, which moves),
            prediction, attention, for orbit also orbit and epipolar (.png), loss (.png, .csv).
 Left out   text, the cascade that makes videos large, a first stage of latents (see
@@ -83,7 +83,7 @@ SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
         side_steps=5000, side_batch=256, side_lr=1e-3, warmup=1000, sample_steps=20, guidance=2.0,
         num=8, every=5000),
     "paper": dict(  # of the kind of Ho et al. 2022
-        height=64, frames=16, scenes=200_000, patch=1, width=128, mults=[1, 2, 4, 8], blocks=2,
+        height=64, frames=16, scenes=100_000, patch=1, width=128, mults=[1, 2, 4, 8], blocks=2,
         heads=8, time_kernel=3, dropout=0.1, predict="eps", noisy=1.0, image_steps=100_000,
         image_lr=1e-4, steps=400_000, batch_size=128, loose=0.125, lr=1e-4, ema=0.9999,
         side_width=96, side_steps=5000, side_batch=256, side_lr=1e-3, warmup=5000,
@@ -111,7 +111,8 @@ def parse_args(argv=None, config=None):
     add("--orbit", nargs="?", type=Path, const=Path(), metavar="IMG", help="new views from one "
         "picture: a .png or .npz, or, left out, a held-out scene")
     add("--path", type=Path, metavar="NPZ", help="for --orbit: cameras as K (3, 3) or (F, 3, 3) "
-        "and pose (F, 3, 4), camera-to-world, the first that of IMG; left out, a full circle")
+        "and pose (F, 3, 4), camera-to-world, z up, the table around the origin, the first that of "
+        "IMG; left out, a full circle, 37 degrees high, at a distance of 3, field of view 42")
     add("--eval", action="store_true", help="how well are motion, or geometry, kept?")
     add("--attention", action="store_true", help="where the last frame looks in the others")
     add("--export", type=Path, metavar="PT", help="write the averaged weights alone, as fp16")
@@ -174,16 +175,25 @@ def parse_args(argv=None, config=None):
     preset = SIZES[args.size]
     if args.data == "orbit":
         preset = preset | ORBIT.get(args.size, {}) | dict(time_kernel=0, guidance=1.0)
+    known = config or args.train and not args.resume  # else the checkpoint will tell
     for key, value in preset.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     for wrong, message in (
+            (not 0 <= args.seed < 2**63, f"--seed {args.seed}: expected 0 or more, below 2^63"),
             (args.frames < 2, f"--frames {args.frames}: expected 2 or more"),
             (any(args.width * m % (4 * args.heads) for m in args.mults), f"--width {args.width}: "
              f"expected a multiple of 4 x --heads {args.heads}"),
-            (args.loose == 1, "--loose 1: then there are no clips; take --stage image"),
+            (known and args.given and args.given > args.frames // 2, f"--given {args.given}: the "
+             f"model is trained with at most {args.frames // 2} given frames"),
+            (args.given and args.length and args.length <= args.given,
+             f"--length {args.length}: expected more than the {args.given} frames that are given"),
+            (args.length and (args.between or args.path), "--length: not for --between or --path"),
+            (known and args.orbit is not None and args.data != "orbit",
+             "--orbit: only for a model of --data orbit"),
             (args.path and args.orbit is None, "--path: only for --orbit"),
-            (args.digits and args.data != "moving-mnist", "--digits: only for moving-mnist"),
+            (args.digits and args.data != "moving-mnist",
+             f"--digits: only for moving-mnist, and this is {args.data}"),
             (not math.isfinite(args.guidance), "--guidance: expected a finite number")):
         if wrong:
             die(message)
@@ -193,8 +203,9 @@ def parse_args(argv=None, config=None):
 # ---- 1. Cameras (slide Generative models + geometry: "take camera parameters as input!") ---------
 # A camera is K, its intrinsics, and a pose, its extrinsics, as camera-to-world: the columns of
 # pose (3, 4) are where its right, down and forward point in the world (axes as in OpenCV), and its
-# centre. A point X of the world is seen at K R^T (X - c), R = pose[:, :3], c = pose[:, 3]; [R|t] of
-# the slides is [R^T | -R^T c]. The middle of the pixel in row i and column j is (j + 0.5, i + 0.5).
+# centre. A point X of the world is seen at K R^T (X - c), R = pose[:, :3], c = pose[:, 3]; the
+# usual [R|t], world-to-camera, is [R^T | -R^T c]. The middle of the pixel in row i and column j
+# is (j + 0.5, i + 0.5).
 
 
 def intrinsics(fov, size):
@@ -255,9 +266,10 @@ def normalised(pose):
 
 
 def plane_points(K, pose, H, W, heights=(0.0, 0.15)):
-    """Where the pixels' rays cross horizontal planes, (..., 2 planes, H, W), x and y of each: the
-    coordinates of a light field (Levoy & Hanrahan 1996). A thing near a plane has there, seen by
-    any camera, nearly the same ones. Rays that do not fall are taken to fall a little."""
+    """Where the pixels' rays cross two horizontal planes, heights in the unit of pose: x and y on
+    each, (..., 4, H, W), the coordinates of a light field (Levoy & Hanrahan 1996). A thing near a
+    plane has there, seen by any camera, nearly the same ones. Rays that do not fall are taken to
+    fall a little."""
     d, o = pixel_rays(K, pose, H, W), pose[..., None, None, :, 3]  # (..., H, W, 3), (..., 1, 1, 3)
     points = [o[..., :2] + (h - o[..., 2:]) / d[..., 2:].clamp(max=-0.1) * d[..., :2]
               for h in heights]
@@ -523,14 +535,14 @@ class ResBlock(nn.Module):
     silu(x) = x sigmoid(x). (The slide's sigmoid e^x/(1 + e^x) is inf/inf in code for large x.)
     """
 
-    def __init__(self, C_in, C_out, D, dropout, attend):
+    def __init__(self, C_in, C_out, D, dropout, attends):
         super().__init__()
         self.norm1, self.conv1 = group_norm(C_in), nn.Conv2d(C_in, C_out, 3, padding=1)
         self.time = nn.Linear(D, C_out)
         self.norm2, self.conv2 = group_norm(C_out), zero(nn.Conv2d(C_out, C_out, 3, padding=1))
         self.dropout = nn.Dropout(dropout)
         self.skip = nn.Conv2d(C_in, C_out, 1) if C_in != C_out else nn.Identity()
-        self.attention = Attention(C_out) if attend else nn.Identity()
+        self.attention = Attention(C_out) if attends else nn.Identity()
 
     def forward(self, x, emb):  # (B, C_in, H, W), (B, D)
         h = self.conv1(F.silu(self.norm1(x)))  # (B, C_out, H, W)
@@ -600,9 +612,9 @@ class FrameUNet(nn.Module):
 
 class TimeBlock(nn.Module):
     """Joins frames: a convolution over the frames beside (kernel: its height and width; 0: none),
-    for what moves a little, then attention, for what is far. everywhere: each place looks at all
-    places of all frames, which a moving camera needs; else at the same place only, which is cheap
-    on large maps. What both add is zero at the start: then a clip is a pile of pictures."""
+    for what moves a little, then attention, for what is far: on maps of at most joint x joint each
+    place looks at all places of all frames, which a moving camera needs; on larger ones at the
+    same place only, which is cheap. Both add nothing at first: a clip is a pile of pictures."""
 
     def __init__(self, C, C_more, heads, kernel, joint):
         super().__init__()
@@ -656,12 +668,12 @@ class VideoUNet(nn.Module):
         self.time = nn.ModuleList([TimeBlock(mults[i] * width, C_more, heads, kernel, joint)
                                    for i in levels])
 
-    def forward(self, x, t, rays, clips=None):
+    def forward(self, x, t, rays, joined=None):
         """x (B, F, C, H, W); t (B, F), each frame's own: 0 says that it is known; rays
-        (B, F, C_more, H/patch, W/patch): see Clips. Only the first `clips` of the batch are clips,
+        (B, F, C_more, H/patch, W/patch): see Clips. Only the first `joined` of the batch are clips,
         all of them if it is None; frames of the others are single pictures: they skip time."""
         B, frames = x.shape[:2]
-        n, more = (B if clips is None else clips) * frames, rays.flatten(0, 1)
+        n, more = (B if joined is None else joined) * frames, rays.flatten(0, 1)
 
         def between(i, h):
             return torch.cat([self.time[i](h[:n], frames, more[:n]), h[n:]]) if n else h
@@ -683,14 +695,14 @@ def draw_known(B, frames, device):
     return known
 
 
-def video_loss(net, x0, rays, t, eps, known, clips, abar, predict):
+def video_loss(net, x0, rays, t, eps, known, joined, abar, predict):
     """Mean of |f(x_t, t, rays) - target|^2 over the frames that are not known. x0, eps
     (B, F, C, H, W), t (B, F), which is 0 and leaves x_0 as it is where known (B, F) is true."""
     x, e, tt = x0.flatten(0, 1), eps.flatten(0, 1), t.flatten()
-    out = net(q_sample(x, tt, e, abar).view_as(x0), t, rays, clips).flatten(0, 1)
+    out = net(q_sample(x, tt, e, abar).view_as(x0), t, rays, joined).flatten(0, 1)
     error = (out - target_of(x, e, tt, abar, predict)).square().mean((1, 2, 3))  # (B F,)
     new = ~known.flatten()
-    return (error * new).sum() / new.sum()
+    return (error * new).sum() / new.sum().clamp(min=1)
 
 
 # ---- 6. The sampler ------------------------------------------------------------------------------
@@ -719,7 +731,7 @@ def stride(T, steps):
 
 
 @torch.no_grad()
-def sample_clips(net, x, clean, known, rays, abar, predict, steps, clips=None, none=None, w=1.0):
+def sample_clips(net, x, clean, known, rays, abar, predict, steps, joined=None, none=None, w=1.0):
     """From noise x (B, F, C, H, W) to clips; frames that are known (B, F) are those of clean, and
     the network is told so by their t = 0. If w is not 1, guided away from what it says when it is
     told `none` instead of rays (Ho & Salimans 2022)."""
@@ -728,9 +740,9 @@ def sample_clips(net, x, clean, known, rays, abar, predict, steps, clips=None, n
     for t, s in stride(len(abar) - 1, steps):
         x = torch.where(given, clean, x)
         tt = torch.where(known, 0, t)  # (B, F)
-        out = net(x, tt, rays, clips)
+        out = net(x, tt, rays, joined)
         if w != 1:
-            uncond = net(x, tt, none, clips)
+            uncond = net(x, tt, none, joined)
             out = uncond + w * (out - uncond)
         x0 = x0_of(flat(out), flat(x), flat(tt), abar, predict).clamp(-1, 1).view_as(x)
         x = dpmpp_step(x, x0, a[t], a[s], x0_prev, a_prev)
@@ -828,7 +840,9 @@ class ClipStage(nn.Module):
         self.abar = schedule_of(args)
         self.steps = args.steps if video else args.image_steps
         self.batch_size, self.lr = args.batch_size, args.lr if video else args.image_lr
-        self.clips = self.batch_size - round(args.loose * self.batch_size) if video else 0
+        self.joined = self.batch_size - round(args.loose * self.batch_size) if video else 0
+        if video and self.joined < WORLD:
+            die(f"--loose {args.loose} leaves {self.joined} clips a batch, for {WORLD} processes")
 
     def batch(self, step):
         B, frames, device = self.batch_size, self.args.frames, self.args.device
@@ -836,7 +850,7 @@ class ClipStage(nn.Module):
         # of 1 clip in 10 cameras or digits are not told, to compare with, and for guidance
         told = torch.rand(B, 1, 1, 1, 1, device=device) > 0.1
         x0, rays = clips.video, clips.rays(self.args.patch, told)
-        loose = torch.arange(B, device=device)[:, None] >= self.clips  # (B, 1)
+        loose = torch.arange(B, device=device)[:, None] >= self.joined  # (B, 1)
         known = draw_known(B, frames, device) & ~loose
         u = 1 - torch.rand(B, frames, device=device)  # 0 < u <= 1
         t = (self.args.timesteps * u**self.args.noisy).ceil().long()
@@ -845,8 +859,8 @@ class ClipStage(nn.Module):
         return [a[RANK::WORLD] for a in batch]
 
     def forward(self, x0, rays, t, eps, known):
-        clips = len(range(RANK, self.clips, WORLD))
-        error = video_loss(self.model[0].net, x0, rays, t, eps, known, clips, self.abar,
+        joined = len(range(RANK, self.joined, WORLD))
+        error = video_loss(self.model[0].net, x0, rays, t, eps, known, joined, self.abar,
                            self.args.predict)
         return error, error
 
@@ -921,8 +935,8 @@ def fit(args, model, stage, state):
         for group in opt.param_groups:  # warm up, then down to zero
             group["lr"] = stage.lr * min(1, step / args.warmup) * (1 - (step - 1) / stage.steps)
         with autocast(args):
-            objective, figure = net(*batch)
-        objective.backward()
+            error, figure = net(*batch)
+        error.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         opt.step()
         opt.zero_grad()
@@ -949,7 +963,7 @@ def fit(args, model, stage, state):
             save_checkpoint(args.out / "model.pt", state)
             save_history(args.out, state["history"])
             tqdm.write(f"{stage.name} {step:,}: {text}, {speed:.1f} steps/s, "
-                       f"{speed * stage.batch_size:.0f} img/s")
+                       f"{speed * stage.batch_size:.0f} samples/s")
             sys.stdout.flush()
             if not done and hasattr(stage, "picture"):
                 model.eval()
@@ -959,6 +973,7 @@ def fit(args, model, stage, state):
             clock, since = time.time(), step
         if done and step < stage.steps:
             say(f"stopped at {step}; to go on: python {NAME}.py --train --resume --out {args.out}")
+            break
     signal.signal(signal.SIGINT, signal.default_int_handler)
     model.eval()
     return not stop
@@ -966,6 +981,8 @@ def fit(args, model, stage, state):
 
 def train(args, ckpt=None):
     """Trains one part after the other and returns the model; ckpt: go on."""
+    if ckpt and "optimizer" not in ckpt:
+        die("--resume: the checkpoint was made to sample, and cannot be trained further")
     source = SOURCES.get(args.data, OwnClips)(args, "train")
     args.shape = list(source.shape)
     side = args.patch * 2 ** (len(args.mults) - 1)
@@ -980,7 +997,7 @@ def train(args, ckpt=None):
         load_state(model, ckpt, "model")
     say(f"{source.text}; clips of {args.frames} frames, {args.shape}")
     parts = ["image"] * (args.stage != "video") + ["video"] * (args.stage != "image")
-    parts += ["tracker"] * (args.data == "moving-mnist")
+    parts += ["tracker"] * (args.data == "moving-mnist" and args.stage != "image")
     steps = {"image": args.image_steps, "video": args.steps, "tracker": args.side_steps}
     if state["part"] in parts:  # what comes before it is done
         parts = parts[parts.index(state["part"]) + (state["step"] >= steps[state["part"]]):]
@@ -1025,10 +1042,11 @@ def nothing_known(clips):
     return torch.zeros(clips.video.shape[:2], dtype=torch.bool, device=clips.video.device)
 
 
-def new_clips(args, model, clips, known, alone=False, told=True):
+def new_clips(args, model, clips, known, alone=False, told=True, more=0):
     """Clips (N, F, C, H, W) in [-1, 1]: frames where known (N, F) is true are those of clips, the
-    others are new. alone: each frame for itself, without time; told: the cameras, or digits."""
-    rng, abar, found = torch.Generator().manual_seed(args.seed), schedule_of(args), []
+    others are new. alone: each frame for itself, without time; told: the cameras, or digits; more:
+    than --seed, for other noise."""
+    rng, abar, found = torch.Generator().manual_seed(args.seed + more), schedule_of(args), []
     noise = torch.randn(clips.video.shape, generator=rng)  # on the CPU: the same whatever device
     rays, none = clips.rays(args.patch, told), clips.rays(args.patch, False)
     told = told and not (clips.K is None and clips.labels is None)  # else there is nothing to tell
@@ -1049,7 +1067,7 @@ def windows(length, most, given, anchor):
     while done < length:
         known = list(range(max(0, done - max(given, most // 2)) if found else 0, done))
         if anchor and found:
-            known = [0] + known[1 - most // 2:]
+            known = ([0] + known[1 - most // 2:])[:most - 1]
         new = list(range(done, min(length, done + most - len(known))))
         found.append((known, new))
         done = new[-1] + 1
@@ -1060,11 +1078,12 @@ def long_clips(args, model, clips, given):
     """Clips as long as clips, whose first `given` frames are kept; window by window if that is more
     than was trained."""
     video = clips.video.clone()
-    for known, new in windows(video.shape[1], args.frames, given, args.data == "orbit"):
+    parts = windows(video.shape[1], args.frames, given, args.data == "orbit")
+    for i, (known, new) in enumerate(parts):
         part = clips.frames(known + new)._replace(video=video[:, known + new])
         mask = nothing_known(part)
         mask[:, :len(known)] = True
-        video[:, new] = new_clips(args, model, part, mask)[:, len(known):]
+        video[:, new] = new_clips(args, model, part, mask, more=i)[:, len(known):]
     return video
 
 
@@ -1081,7 +1100,7 @@ def sample(args, model):
              to_uint8(x).permute(0, 1, 3, 4, 2).cpu().numpy())
     save_png(args.out / "samples.png", film_strip(x[:8])[None])
     save_png(args.out / "samples_film.png", moving(x))
-    given = args.given or (1 if args.data == "orbit" else args.frames // 2)
+    given = args.given or min(1 if args.data == "orbit" else args.frames // 2, length - 1)
     predict_clips(args, model, given)
     if args.data == "orbit":
         new_views(args, model)
@@ -1092,8 +1111,6 @@ def sample(args, model):
 def predict_clips(args, model, given):
     """The first `given` frames of held-out clips, continued: prediction.png, truth above it, and
     prediction_film.png."""
-    if given > args.frames // 2:
-        die(f"--given {given}: the model was trained with at most {args.frames // 2} given frames")
     clips = fixed_clips(args, args.num, args.length or args.frames)
     x = long_clips(args, model, clips, given)
     save_png(args.out / "prediction.png", film_strip(x[:6], clips.video[:6], given)[None])
@@ -1132,13 +1149,17 @@ def read_path(path):
     if not (torch.isfinite(pose).all() and (torch.linalg.det(R) > 0).all()
             and (R @ R.mT - torch.eye(3)).abs().max() < 1e-3):
         die(f"--path {path}: pose[:, :, :3] is no rotation")
+    if pose[0, :, 3].norm() < 1e-3:
+        die(f"--path {path}: the first camera is at the origin, where the table is")
     return K, pose
 
 
 def image_file(args, flag, path, any_channels=False):
     """The one image (1, C, H, W) uint8 of a .png, or the first of a .npz or .npy; of the size that
     the model was trained on."""
-    if path.suffix == ".png":
+    if path.suffix.lower() not in (".png", ".npz", ".npy"):
+        die(f"{flag} {path}: expected a .png, .npz or .npy file")
+    if path.suffix.lower() == ".png":
         data = path.read_bytes()
         try:
             x = read_png(data)[None]
@@ -1148,7 +1169,7 @@ def image_file(args, flag, path, any_channels=False):
             die(f"{flag} {path} is cut off or damaged ({e})")
         x = x.transpose(0, 3, 1, 2)
     else:
-        x = own_data(str(path))[0][:1]
+        x = own_data(str(path), flag)[0][:1]
     if list(x.shape[any_channels + 1:]) != args.shape[any_channels:]:
         die(f"{flag} {path}: an image of {list(x.shape[1:])}, but the model was trained on "
             f"{args.shape}")
@@ -1158,8 +1179,6 @@ def image_file(args, flag, path, any_channels=False):
 def new_views(args, model):
     """A scene from one picture: orbit.png, the views side by side, orbit_film.png, and
     epipolar.png."""
-    if args.data != "orbit":
-        die("--orbit: only for a model of --data orbit")
     truth, H = None, args.shape[1]
     if args.path:
         K, pose = read_path(args.path)
@@ -1223,8 +1242,9 @@ def frame_attention_maps(args, model, rows=3):
     white in it."""
     clips, parts = fixed_clips(args, rows), []
     H, W = clips.video.shape[3:]
+    eps = torch.randn(clips.video.shape, generator=torch.Generator().manual_seed(args.seed))
     xt = q_sample(clips.video.flatten(0, 1), torch.tensor(args.timesteps // 5, device=args.device),
-                  torch.randn_like(clips.video.flatten(0, 1)), schedule_of(args))
+                  eps.flatten(0, 1).to(args.device), schedule_of(args))
     t = torch.full(clips.video.shape[:2], args.timesteps // 5, device=args.device)
     rays = clips.rays(args.patch)
     for layer in model.ema.time:
@@ -1315,8 +1335,8 @@ def law_error(tracks, low, high, fastest=3.5):
 def motion_of(args, tracker, x, asked):
     """Of clips x (N, F, 1, H, W): share of digits found; share of neighbouring frames in which a
     track is read as the same digit; share of frames in which both are those asked for (N, 2); error
-    of the law, in pixels a frame; and flicker, the mean second difference in time of a pixel, of
-    0..255."""
+    of the law, a mean distance in pixels; and flicker, the mean second difference in time of a
+    pixel, of 0..255."""
     tracks, labels = follow(tracker, x)  # (N, 2, F, 2), (N, 2, F)
     there = ~np.isnan(tracks[..., 0])
     both = there[..., 1:] & there[..., :-1]
@@ -1582,7 +1602,7 @@ class Digits:
         return Clips(video, centres=centres, labels=labels)
 
     def fixed(self, args, n, frames):
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([args.device] if "cuda" in args.device else []):
             torch.manual_seed(args.seed)
             return self.draw(n, frames)
 
@@ -1593,8 +1613,7 @@ class Orbits:
     def __init__(self, args, split):
         self.shape = 3, args.height, args.height
         if split == "train":
-            made = self.fixed(args, args.scenes, args.frames, 0)
-            self.clips = made._replace(video=to_uint8(made.video))
+            self.clips = self.made(args, args.scenes, args.frames, 0)
             self.text = f"{args.scenes:,} scenes of {args.frames} views"
 
     def draw(self, n):
@@ -1606,12 +1625,17 @@ class Orbits:
         return Clips(to_float(video), torch.where(flip, K, made.K),
                      torch.where(flip, pose, made.pose))
 
-    def fixed(self, args, n, frames, which=1):
+    def fixed(self, args, n, frames):
+        made = self.made(args, n, frames, 1)
+        return made._replace(video=to_float(made.video))
+
+    def made(self, args, n, frames, which):
+        """As fixed, but video in uint8: floats of all that is trained on would fill a GPU."""
         rng = np.random.default_rng([args.seed, which])
         scenes, path = random_scenes(n, rng), random_orbits(n, frames, args.height, rng)
         scenes = Scenes(*(a.to(args.device) for a in scenes))
         K, pose = (a.to(args.device) for a in path)
-        return Clips(to_float(render_clips(scenes, K, pose, args.height)), K, pose, scenes)
+        return Clips(render_clips(scenes, K, pose, args.height), K, pose, scenes)
 
 
 class OwnClips:
@@ -1857,25 +1881,27 @@ def load_data(args, split):
     return images, labels
 
 
-def own_data(path):
+def own_data(path, flag="--data"):
     """Images (N, C, H, W) uint8 and labels (N,) or None of a .npy or .npz file."""
+    least, names = (2, f"{', '.join(DATASETS)} or ") if flag == "--data" else (1, "")
     if not path.endswith((".npy", ".npz")):
-        die(f"--data {path} is not known; choose {', '.join(DATASETS)} or a .npy or .npz file")
+        die(f"{flag} {path} is not known; choose {names}a .npy or .npz file")
     try:
         file = np.load(path)
         named = not isinstance(file, np.ndarray)
         arrays = {k: np.asarray(file[k]) for k in file.files} if named else {"images": file}
     except Exception as e:
-        die(f"--data {path} cannot be read: {e}")
+        die(f"{flag} {path} cannot be read: {e}")
     images, labels = arrays.get("images", arrays.get("arr_0")), arrays.get("labels")
     found = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items())
-    if (images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) < 2
-            or images.ndim == 4 and images.shape[3] not in (1, 3)):
-        die(f"--data {path}: expected 'images', uint8 of (N, H, W) or (N, H, W, 1 or 3), two or "
-            f"more; found {found}")
+    if (images is None or images.dtype != np.uint8 or images.ndim not in (3, 4)
+            or len(images) < least or images.ndim == 4 and images.shape[3] not in (1, 3)):
+        die(f"{flag} {path}: expected 'images', uint8 of (N, H, W) or (N, H, W, 1 or 3), N at "
+            f"least {least}; found {found}")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"
-                               or labels.min() < 0 or labels.max() > 65535):
-        die(f"--data {path}: expected 'labels', one an image, from 0 to 65535; found {found}")
+                               or labels.min() < 0 or len(np.unique(labels)) != labels.max() + 1):
+        die(f"{flag} {path}: expected 'labels', one an image, from 0 to K - 1, each at least once; "
+            f"found {found}")
     return images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2), labels
 
 
@@ -2139,7 +2165,7 @@ def main(argv=None):
             new_views(args, model)
         if args.attention or args.train:
             frame_attention_maps(args, model)
-        if args.eval or args.train and args.data in SOURCES:
+        if args.eval or args.train and args.data in SOURCES and args.stage != "image":
             report_laws(args, model)
     except OSError as e:  # disk full, no right to write: the last checkpoint is whole
         die(f"{e.filename or args.out}: {e.strerror or e}")

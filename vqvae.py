@@ -73,7 +73,7 @@ SIZES = {  # one dial, --size, sets all of these; a flag given by hand wins
         steps=50_000, batch_size=256, lr=5e-4, prior_width=512, prior_layers=12,
         prior_steps=50_000, prior_batch=256, prior_lr=3e-4, warmup=500, guidance=1.5, num=100,
         every=5000),
-    "paper": dict(  # as van den Oord et al. on CIFAR-10, whose 8 x 8 x 10 codes give 4.67 bits/dim
+    "paper": dict(  # van den Oord et al. on CIFAR-10: 8 x 8 x 10 codes, here 8 x 8; 4.67 bits/dim
         width=256, code_dim=64, codebook_size=512, fsq_levels=[8, 8, 8], blocks=2, steps=250_000,
         batch_size=128, lr=2e-4, prior_width=512, prior_layers=15, prior_steps=100_000,
         prior_batch=128, prior_lr=3e-4, warmup=500, guidance=1.0, num=100, every=10_000),
@@ -110,12 +110,14 @@ def parse_args(argv=None, config=None):
     # first stage
     add("--codebook", choices=["ema", "loss", "fsq"], default="ema", help="vectors learned as "
         "running means, or by gradient; or none: each number of z rounded to a few levels")
-    add("--codebook-size", type=positive, metavar="K", help="how many vectors")
-    add("--code-dim", type=positive, help="their length D")
+    add("--codebook-size", type=positive, metavar="K", help="how many vectors (not fsq)")
+    add("--code-dim", type=positive, help="their length D (not fsq)")
     add("--fsq-levels", type=positive, nargs="+", metavar="N",
         help="levels of each number of z under --codebook fsq; their product is K")
-    add("--beta", type=float, default=0.25, help="weight of the commitment |z - stop(e)|^2")
-    add("--decay", type=share, default=0.99, help="of the codebook's running means")
+    add("--beta", type=float, default=0.25, help="weight of the commitment "
+        "|z - stop(e)|^2 (not fsq)")
+    add("--decay", type=share, default=0.99, help="of the codebook's running means (not "
+        "fsq)")
     add("--width", type=positive, help="channels of encoder and decoder")
     add("--blocks", type=positive, help="residual blocks of each")
     add("--steps", type=positive, help="training length")
@@ -142,6 +144,7 @@ def parse_args(argv=None, config=None):
         if getattr(args, key) is None:
             setattr(args, key, value)
     for wrong, message in (
+            (not 0 <= args.seed < 2**63, f"--seed {args.seed}: expected 0 or more, below 2^63"),
             (args.codebook_size < 2, f"--codebook-size {args.codebook_size}: expected 2 or more"),
             (min(args.fsq_levels) < 2, f"--fsq-levels {min(args.fsq_levels)}: expected 2 or more"),
             (args.prior_width % 32, f"--prior-width {args.prior_width}: expected a multiple of 32"),
@@ -222,7 +225,8 @@ class Codebook(nn.Module):
         if not self.by_gradient:  # an unused code has count and total shrink alike: it stays
             self.vectors.copy_(self.total / self.count[:, None])
         fair = len(flat) * WORLD / self.K
-        dead = self.count < min(0.5, 0.03 * fair)  # for long chosen 30 times less than its share
+        dead = self.count < min(0.5, 0.03 * fair)  # for long chosen 30 times less than its share,
+        # or less than every second step
         self.replace(dead, flat)
 
     @torch.no_grad()
@@ -544,8 +548,8 @@ def fit(args, model, stage, state):
         for group in opt.param_groups:  # warm up, then down to zero
             group["lr"] = stage.lr * min(1, step / args.warmup) * (1 - (step - 1) / stage.steps)
         with autocast(args):
-            objective, figure = net(*batch)
-        objective.backward()
+            error, figure = net(*batch)
+        error.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         opt.step()
         opt.zero_grad()
@@ -572,7 +576,7 @@ def fit(args, model, stage, state):
             save_checkpoint(args.out / "model.pt", state)
             save_history(args.out, state["history"])
             tqdm.write(f"{stage.name} {step:,}: {text}, {speed:.1f} steps/s, "
-                       f"{speed * stage.batch_size:.0f} img/s")
+                       f"{speed * stage.batch_size:.0f} samples/s")
             sys.stdout.flush()
             if not done and hasattr(stage, "picture"):
                 model.eval()
@@ -582,6 +586,7 @@ def fit(args, model, stage, state):
             clock, since = time.time(), step
         if done and step < stage.steps:
             say(f"stopped at {step}; to go on: python {NAME}.py --train --resume --out {args.out}")
+            break
     signal.signal(signal.SIGINT, signal.default_int_handler)
     model.eval()
     return not stop
@@ -589,6 +594,8 @@ def fit(args, model, stage, state):
 
 def train(args, ckpt=None):
     """Trains both stages and returns the model; ckpt: go on."""
+    if ckpt and "optimizer" not in ckpt:
+        die("--resume: the checkpoint was made to sample, and cannot be trained further")
     images, labels = load_data(args, "train")  # (N, C, H, W) uint8, (N,) int64
     if args.unconditional or labels is None:
         labels = torch.zeros(len(images), dtype=torch.long, device=args.device)
@@ -804,7 +811,7 @@ def unpack(data, count, K):
 
 def compress(args, model):
     """Images of an .npz file -> a file of codes; the ratio, and what an ideal coder would need."""
-    images = torch.from_numpy(own_data(str(args.compress))[0].copy()).to(args.device)
+    images = torch.from_numpy(own_data(str(args.compress), "--compress")[0].copy()).to(args.device)
     check_shape(args, args.compress, images)
     codes = codes_of(model, images)
     data = HEAD.pack(b"VQ1\n", len(images), *model.grid, model.K, model_digest(model))
@@ -1043,25 +1050,27 @@ def load_data(args, split):
     return images, labels
 
 
-def own_data(path):
+def own_data(path, flag="--data"):
     """Images (N, C, H, W) uint8 and labels (N,) or None of a .npy or .npz file."""
+    least, names = (2, f"{', '.join(DATASETS)} or ") if flag == "--data" else (1, "")
     if not path.endswith((".npy", ".npz")):
-        die(f"--data {path} is not known; choose {', '.join(DATASETS)} or a .npy or .npz file")
+        die(f"{flag} {path} is not known; choose {names}a .npy or .npz file")
     try:
         file = np.load(path)
         named = not isinstance(file, np.ndarray)
         arrays = {k: np.asarray(file[k]) for k in file.files} if named else {"images": file}
     except Exception as e:
-        die(f"--data {path} cannot be read: {e}")
+        die(f"{flag} {path} cannot be read: {e}")
     images, labels = arrays.get("images", arrays.get("arr_0")), arrays.get("labels")
     found = ", ".join(f"{k} {v.dtype} {v.shape}" for k, v in arrays.items())
-    if (images is None or images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) < 2
-            or images.ndim == 4 and images.shape[3] not in (1, 3)):
-        die(f"--data {path}: expected 'images', uint8 of (N, H, W) or (N, H, W, 1 or 3), two or "
-            f"more; found {found}")
+    if (images is None or images.dtype != np.uint8 or images.ndim not in (3, 4)
+            or len(images) < least or images.ndim == 4 and images.shape[3] not in (1, 3)):
+        die(f"{flag} {path}: expected 'images', uint8 of (N, H, W) or (N, H, W, 1 or 3), N at "
+            f"least {least}; found {found}")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"
-                               or labels.min() < 0 or labels.max() > 65535):
-        die(f"--data {path}: expected 'labels', one an image, from 0 to 65535; found {found}")
+                               or labels.min() < 0 or len(np.unique(labels)) != labels.max() + 1):
+        die(f"{flag} {path}: expected 'labels', one an image, from 0 to K - 1, each at least once; "
+            f"found {found}")
     return images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2), labels
 
 

@@ -141,7 +141,7 @@ def allowed_by_hand(kind, text, h, w):
             a, b = i - text, j - text
             inside = {"full": True, "row": a - b <= w, "column": (a - b) % w == 0,
                       "conv": any(a - b == r * w + c for r in range(6) for c in range(-5, 6))}[kind]
-            mask[i, j] = i < text or j < text or inside
+            mask[i, j] = j <= text or inside  # a start, then the text; codes come after
     return mask
 
 

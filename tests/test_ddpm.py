@@ -554,6 +554,20 @@ def test_resume_after_a_kill_is_bit_equal(tmp_path, few):
     ).read_bytes()
 
 
+def test_fresh_noise_is_not_the_first_noise(monkeypatch):
+    """The noise that a step adds is drawn from another start than x_T, on a CPU too."""
+    args = ddpm.parse_args(["--sample", "--device", "cpu", "--timesteps", "50"])
+    args.shape, args.bf16, args.classes, seen = [1, 4, 4], False, 0, []
+
+    def watch(denoise, x, *_):
+        seen.extend([x, torch.randn_like(x)])
+        return x
+
+    monkeypatch.setattr(ddpm, "sample_loop", watch)
+    ddpm.generate(args, None, torch.zeros(6, dtype=torch.long))
+    assert seen[0].shape == (6, 1, 4, 4) and not torch.equal(*seen)
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, few):
     """The first Ctrl-C ends the run in good order: checkpoint, samples, and the command that
     resumes."""

@@ -2,11 +2,13 @@
 one folder, kill -9, a checkpoint that wants to run a command."""
 
 import random
+import shutil
 import warnings
 
 import bench_faults
 import ddpm
 import pytest
+from inprocess import call
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +51,23 @@ def test_kill_full_disk_and_two_runs(tmp_path):
     assert "File too large" in bench_faults.full_disk("ddpm", tmp_path, limit=size // 2)
     assert "another training" in bench_faults.two_runs("ddpm", tmp_path)
     assert ddpm.read_checkpoint(tmp_path / "ddpm/model.pt")["step"] > 1
+
+
+@pytest.mark.parametrize("module", bench_faults.FILES, ids=lambda m: m.__name__)
+def test_ctrl_c_ends_every_training(module, tmp_path, monkeypatch):
+    """After Ctrl-C the step at hand is the last: it is in the checkpoint, and how to go on is told."""
+    bench_faults.make_data(tmp_path)
+    monkeypatch.setattr(module, "ctrl_c", lambda: [True])
+    said = call(module, "--train", *bench_faults.FLAGS[module.__name__].split(), "--out", "out",
+                cwd=tmp_path)
+    assert "stopped at 1; to go on" in said
+    assert module.read_checkpoint(tmp_path / "out/model.pt")["step"] == 1
+
+
+@pytest.mark.parametrize("module", bench_faults.FILES, ids=lambda m: m.__name__)
+def test_an_enclosed_model_cannot_be_trained_further(module, tmp_path):
+    """It has the weights alone, without what an optimiser needs: told in one line."""
+    (tmp_path / "out").mkdir()
+    shutil.copy(bench_faults.ROOT / f"pretrained/{module.__name__}.pt", tmp_path / "out/model.pt")
+    said = call(module, "--train", "--resume", "--steps", 10**6, "--out", "out", cwd=tmp_path, code=2)
+    assert "was made to sample, and cannot be trained further" in said and len(said.splitlines()) == 1

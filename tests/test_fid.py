@@ -218,6 +218,24 @@ def test_bias_of_fixed_classes():
     assert fid.frechet_bias(S, S, 10**9, K * n) > 1.4 * bias
 
 
+def test_bias_of_two_fixed_classes_in_the_plane():
+    """Two classes that differ along no axis of the whole: mean FD of 40,000 sets of 200 points, each
+    in closed form (of 2 x 2 matrices tr M^(1/2) = (tr M + 2 det M^(1/2))^(1/2)), to 1.5 %."""
+    g, n = torch.Generator().manual_seed(0), 200
+    W, c = torch.diag(torch.tensor([1.0, 0.02])).double(), torch.full((2,), 0.75**0.5).double()
+    between = torch.outer(c, c)
+    S, y, found = W + between, torch.tensor([1.0, -1.0]).double().repeat_interleave(n // 2), []
+    for _ in range(40):
+        x = torch.randn(1000, n, 2, generator=g, dtype=torch.float64) @ W.sqrt() + y[:, None] * c
+        mu = x.mean(1)
+        C = (x - mu[:, None]).mT @ (x - mu[:, None]) / (n - 1)
+        M = S @ C
+        root = (M.diagonal(dim1=1, dim2=2).sum(1) + 2 * torch.linalg.det(M).sqrt()).sqrt()
+        found.append(mu.square().sum(1) + S.trace() + C.diagonal(dim1=1, dim2=2).sum(1) - 2 * root)
+    mean = float(torch.cat(found).mean())
+    assert fid.frechet_bias(S, S, 10**9, n, between) == pytest.approx(mean, rel=0.015)
+
+
 def test_infinity_is_nearer_to_the_truth():
     """Extrapolated FD is closer than plain FD, on average over 20 seeds; the true one is 0."""
     plain, far = [], []
@@ -743,6 +761,8 @@ def bad(tmp_path_factory):
     np.savez(folder / "labels.npz", arr_0=x, labels=np.zeros(3, int))
     np.savez(folder / "halves.npz", arr_0=x, labels=np.full(40, 0.5))
     np.save(folder / "nothing.npy", x[:0])
+    for name, text in (("said", "a red seven"), ("unsaid", "a blue two")):
+        np.savez(folder / f"{name}.npz", arr_0=x, captions=np.full(40, text))
     np.savez(folder / "skew.npz", mu=np.zeros(128), sigma=np.eye(128) + np.eye(128, k=5))
     np.savez(folder / "other.npz", weights=x)
     np.savez(folder / "mu.npz", mu=np.zeros(64), sigma=np.eye(64))
@@ -799,11 +819,13 @@ def bad(tmp_path_factory):
     (["ok.npy", "ok.npy", "--features", "inception", "--weights", "weights.pth"], "another file"),
     (["ok.npy", "ok.npy", "--features", "inception", "--weights", "none.pth"], "is not there"),
     (["ok.npy", "ok.npy", "--device", "abacus"], "--device abacus"),
-    (["--train", "--size", "paper"], "downloaded, not trained"),
+    (["--train", "--size", "paper"], "leave out --train"),
+    (["--train", "--features", "pixels"], "leave out --train"),
     (["--train", "--data", "ok.npy"], "has no labels"),
     (["--resume"], "needs --train"),
     (["--train", "--steps", "0"], "whole number of at least 1"),
     (["--vote", "ok.npy", "one.npy"], "differ"),
+    (["--vote", "said.npz[:3]", "unsaid.npz[:3]"], "captions of the two sets differ"),
     (["--vote", "ok.npy", "nothing.npy"], "no images in nothing.npy"),
     (["--vote", "ok.npy", "ok.npy", "--port", "70000"], "expected 0 to 65535"),
     (["--tally", "none.jsonl"], "is not there"),

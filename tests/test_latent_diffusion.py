@@ -85,7 +85,7 @@ def test_codebook_belongs_to_the_decoder():
 
 def test_schedule_is_stable_diffusions():
     """abar_1 = 0.99915, abar_1000 = 4.66010e-3 (double-checked elsewhere in float64); abar_0 = 1."""
-    a, s = ld.LEVELS
+    a, s = ld.levels("cpu")
     assert len(a) == 1001 and a[0] == 1 and s[0] == 0
     assert float(a[1] ** 2) == pytest.approx(0.99915, abs=1e-6)
     assert float(a[1000] ** 2) == pytest.approx(4.66010e-3, rel=1e-5)
@@ -147,7 +147,7 @@ def test_ddim_keeps_mean_and_variance():
     in pure noise, so the start is off by a_T, and a deterministic sampler keeps that: the mean is
     1 - a_T 0.5/sqrt(a_T^2 0.25 + s_T^2)."""
     mean, var = final("v", 1000, False, 0.25, 1.0)
-    a, s = (float(v[-1]) for v in ld.LEVELS)
+    a, s = (float(v[-1]) for v in ld.levels("cpu"))
     assert mean == pytest.approx(1 - a * 0.5 / math.sqrt(a * a * 0.25 + s * s), abs=2e-3)
     assert var == pytest.approx(0.25, rel=0.02)
 
@@ -370,6 +370,7 @@ def test_empty_text_is_the_one_trained():
 
 @pytest.mark.parametrize("text, words", [
     ("red seven", ["a red seven "]), ("seven above", ["seven above"]), ("orange", ["an orange "]),
+    ("seven above a blue", ["seven above a blue "]),
     ("a blue two below a red one", ["a blue two below a red one"])])
 def test_short_prompts_are_filled_in(text, words):
     """What is named stays, and the result is a whole caption of the grammar."""
@@ -448,6 +449,10 @@ def test_exported_model_draws_the_same(own, trained, monkeypatch):
 def test_other_kinds_train_and_do_all_verbs(own, trained, kind):
     """Both objectives with both backbones, both autoencoders."""
     call(ld, *SMALL, "--data", "own.npz", *kind.split(), "--out", "kind", cwd=own)
+    assert ("heun" in kind) == ("heun" in str(torch.load(
+        own / "kind/model.pt", weights_only=True)["config"]))
+    call(ld, "--out", "kind", "--sample", "--sampler", "heun", "--device", "cpu", cwd=own,
+         code=0 if "flow" in kind else 2)
     text = call(ld, "--out", "kind", "--prompt", "thing 1", "--init", "one.png", "--strength", "0.5",
                "--inpaint", "one.png", "--mask", "mask.png", "--interpolate", "thing 1", "thing 2",
                "--sweep", "--attention", "--device", "cpu", cwd=own)
@@ -526,6 +531,36 @@ def test_resumes_to_the_bit(own, trained, checkpoint):
     assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
 
 
+def test_other_captions_do_not_rename_the_tokens(tmp_path):
+    """Resumed with other scenes, the words keep the tokens that the network has learned."""
+    short = [*SMALL, "--text-length", "30", "--merges", "60", "--out", "out"]
+    call(ld, *short, "--scenes", 40, cwd=tmp_path)
+    before = torch.load(tmp_path / "out/model.pt", weights_only=True)["config"]["learned"]
+    more = ["--resume", "--scenes", 30, "--seed", 1, "--side-steps", 6]
+    assert ld.BytePairs.learn(ld.load_pairs(ld.parse_args(
+        [*short, *map(str, more[1:])]), "train")[1], 60) != before
+    call(ld, *short, *more, cwd=tmp_path)
+    assert torch.load(tmp_path / "out/model.pt", weights_only=True)["config"]["learned"] == before
+
+
+def test_a_sweep_leaves_the_guidance(own, trained, tmp_path):
+    """What is measured after the sweep is measured at the guidance that was asked for."""
+    args, model = small(guidance=3.0, out=tmp_path, prompt=["ab"])
+    ld.guidance_sweep(args, model)
+    assert args.guidance == 3.0
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("start, steps", [(1.0, 2000), (0.01, 25), (0.0004, 3)])
+def test_small_steps_stay_finite(objective, start, steps):
+    """Times so near that they are one step of the schedule: no division by zero."""
+    args, model = small(objective=objective, sample_steps=steps)
+    z = torch.randn(1, 4, 4, 6)
+    context = ld.text_vectors(args, model, ["ab"])
+    model.ema.forward = lambda z, t, context: z  # the network is not what is asked here
+    assert torch.isfinite(ld.new_latents(args, model, context, z, start)).all()
+
+
 def test_scenes_train_and_are_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ld, "report", lambda args, model, real=ld.report: real(args, model, 6))
@@ -559,8 +594,10 @@ def refused(argv, words, capsys):
     (["--sample", "--backbone", "dit"], "was trained with unet"),
     (["--sample", "--objective", "eps"], "was trained with v"),
     (["--sample", "--sampler", "heun"], "only for --objective flow"),
-    (["--sample", "--channels", "33"], "expected multiples of --groups 8 and --heads"),
-    (["--sample", "--dit-width", "30"], "multiple of 4 x --heads"),
+    (["--sample", "--channels", "33"], "expected even multiples of --groups 8 and --heads"),
+    (["--sample", "--backbone", "dit", "--dit-width", "30"], "multiple of 4 x --heads"),
+    (["--sample", "--guidance", "nan"], "finite"),
+    (["--init", "one.jpg"], "--init one.jpg: expected a .png, .npz or .npy"),
     ([*SMALL, "--data", "odd.npz", "--out", "odd"], "multiples of 8"),
     (["--sample", "--out", "nowhere"], "is not there"),
 ])

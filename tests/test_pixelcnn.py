@@ -266,6 +266,15 @@ def test_classify_needs_labels(own, monkeypatch, capsys, flags, words):
     assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
+def test_a_class_of_test_images_alone_counts_as_none(own, tmp_path):
+    """Every tenth image is a test image; a label that only these have was never learned."""
+    labels = np.arange(40) % 2
+    labels[11] = 2
+    np.savez(tmp_path / "rare.npz", images=np.load(own / "own.npz")["images"], labels=labels)
+    said = call(pixelcnn, *SMALL, "--data", "rare.npz", "--bpd", cwd=tmp_path)
+    assert "uniform" in said
+
+
 def test_other_image_size_is_refused(own, monkeypatch, capsys):
     """Test images of another size than the checkpoint's are refused in one line."""
     monkeypatch.chdir(own)
