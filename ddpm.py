@@ -160,8 +160,6 @@ def parse_args(argv=None, config=None):
     for wrong, message in (
             (not 0 <= args.seed < 2**63, f"--seed {args.seed}: expected 0 or more, below 2^63"),
             (args.width % 4, f"--width {args.width}: expected a multiple of 4"),
-            (any(not 0 <= k < len(args.mults) for k in args.attention), f"--attention "
-             f"{args.attention}: expected levels from 0 to {len(args.mults) - 1}"),
             (args.timesteps < 2, f"--timesteps {args.timesteps}: expected 2 or more"),
             (args.beta2 == 1, "--beta2 1: expected less than 1"),
             (not args.min_snr >= 0, f"--min-snr {args.min_snr}: expected 0 or more"),

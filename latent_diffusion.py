@@ -965,8 +965,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, vocabulary, N, D, layers):
         super().__init__()
-        # both N(0, 1): were places small, all "a red seven left of a blue two" would begin alike,
-        # whoever is red
+        # places as large as words, N(0, 1): or it would take long to tell whose "red" it is
         self.word = nn.Embedding(vocabulary + N, D)
         self.place = nn.Parameter(torch.randn(N, D))
         self.blocks = nn.Sequential(*[

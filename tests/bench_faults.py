@@ -229,6 +229,7 @@ def loaders(folder):
     labels, texts = np.arange(12) % 3, np.array(["a red seven"] * 12)
     images = bytes_of(np.savez, images=x, labels=labels, captions=texts)
     pose = np.tile(np.eye(3, 4, dtype=np.float32), (8, 1, 1))
+    pose[:, 2, 3] = 3
     path = bytes_of(np.savez, K=np.eye(3, dtype=np.float32), pose=pose)
     fid_args = SimpleNamespace(data_dir=folder, data="mnist", out=folder)
     ckpt = (ROOT / "pretrained/ddpm.pt").read_bytes()

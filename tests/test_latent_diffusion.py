@@ -531,8 +531,9 @@ def test_resumes_to_the_bit(own, trained, checkpoint):
     assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
 
 
-def test_other_captions_do_not_rename_the_tokens(tmp_path):
+def test_other_captions_do_not_rename_the_tokens(tmp_path, monkeypatch):
     """Resumed with other scenes, the words keep the tokens that the network has learned."""
+    monkeypatch.setattr(ld, "report", lambda *_: None)
     short = [*SMALL, "--text-length", "30", "--merges", "60", "--out", "out"]
     call(ld, *short, "--scenes", 40, cwd=tmp_path)
     before = torch.load(tmp_path / "out/model.pt", weights_only=True)["config"]["learned"]
