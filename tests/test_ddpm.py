@@ -527,7 +527,7 @@ def test_resume_after_a_kill_is_bit_equal(tmp_path, few):
     """A run killed with SIGKILL and resumed ends with the same weights, mean and loss curve as an
     unbroken one."""
     command = [*TINY, *few, "--train", "--steps", "60", "--every", "20", "--dropout", "0.1"]
-    run(*command, "--out", tmp_path / "whole")
+    call(ddpm, *command, "--out", "whole", cwd=tmp_path)
     killed = subprocess.Popen(
         [sys.executable, ROOT / "ddpm.py", *command, "--out", tmp_path / "cut"],
         stdout=subprocess.PIPE,
@@ -539,9 +539,8 @@ def test_resume_after_a_kill_is_bit_equal(tmp_path, few):
             break
     killed.wait()
     assert torch.load(tmp_path / "cut/model.pt", weights_only=True)["step"] < 60
-    run(
-        "--train", "--resume", "--out", tmp_path / "cut"
-    )  # every other flag comes from the checkpoint
+    # every other flag comes from the checkpoint
+    call(ddpm, "--train", "--resume", "--out", "cut", cwd=tmp_path)
     a, b = (torch.load(tmp_path / f / "model.pt", weights_only=True) for f in ("whole", "cut"))
     for part in ("model", "ema"):
         assert (
