@@ -20,19 +20,19 @@ Notation   x_0, x_t     x0, xt   (B, F, C, H, W)  clips in [-1, 1]; F frames, in
                                                   forward, the last is the centre c
            rays         rays     (B, F, k, h, w)  Pluecker coordinates, where they cross two
                                                   planes; or place, which digits; h x w patches
-Run        python video_diffusion.py --train                   two digits that bounce
-           python video_diffusion.py --train --data orbit --out out/orbit      with a camera
-           python video_diffusion.py --sample --digits 3 8     new clips of these two
-           python video_diffusion.py --given 4 --length 24     go on from 4 real frames
+Run        python video_diffusion.py --train                   a table with spheres, and a camera
+           python video_diffusion.py --orbit                   around a scene, from one picture
            python video_diffusion.py --between                 from the first and the last frame
-           python video_diffusion.py --orbit --out out/orbit   around a scene, from one picture
-           python video_diffusion.py --eval                    motion, or geometry, measured
-Expect     --data orbit, 12 minutes on 2 CPU cores: new views from one picture at 20.8 dB (that
-           picture copied: 10.9), spheres 1.3 pixels from where they should be; the enclosed model,
-           over an hour: 23.1 dB, 0.84 pixels. Moving digits, 26 minutes in float32: they bounce,
-           but change their shape on the way. One H100, orbits, --size base: 476 clips/s.
-           In out/video_diffusion/: model.pt, samples (.npz, .png, and _film.png, which moves),
-           prediction, attention, for orbit also orbit and epipolar (.png), loss (.png, .csv).
+           python video_diffusion.py --eval                    geometry, or motion, measured
+           python video_diffusion.py --train --data moving-mnist --out out/digits    two digits
+           python video_diffusion.py --sample --digits 3 8 --out out/digits    these two
+           python video_diffusion.py --given 4 --length 24 --out out/digits    from 4 real frames
+Expect     12 minutes on 2 CPU cores: new views from one picture at 20.8 dB (that picture copied:
+           10.9), spheres 1.3 pixels from where they should be; the enclosed model, over an hour:
+           23.1 dB, 0.84 pixels. Moving digits, 14 minutes: they bounce, but change their shape on
+           the way. One H100, --size base: 476 clips/s. In out/video_diffusion/: model.pt, samples
+           (.npz, .png, and _film.png, which moves), prediction, orbit, epipolar, attention (.png),
+           loss (.png, .csv).
 Left out   text, the cascade that makes videos large, a first stage of latents (see
            latent_diffusion.py), FVD: below ten frames its features say nothing, and here the truth
            is known
@@ -117,8 +117,8 @@ def parse_args(argv=None, config=None):
     add("--attention", action="store_true", help="where the last frame looks in the others")
     add("--export", type=Path, metavar="PT", help="write the averaged weights alone, as fp16")
     # where, and on what
-    add("--data", default="moving-mnist", help="moving-mnist, orbit, or a .npz file of your own "
-        "with clips")
+    add("--data", default="orbit", help="orbit, moving-mnist, or a .npz file of your own with "
+        "clips")
     add("--data-dir", type=Path, default=HERE / "data", help="where data sets lie or are put")
     add("--out", type=Path, default=Path("out") / NAME, help="everything written goes there")
     add("--size", choices=["small", "base", "paper"],
@@ -192,7 +192,7 @@ def parse_args(argv=None, config=None):
             (known and args.orbit is not None and args.data != "orbit",
              "--orbit: only for a model of --data orbit"),
             (args.path and args.orbit is None, "--path: only for --orbit"),
-            (args.digits and args.data != "moving-mnist",
+            (known and args.digits and args.data != "moving-mnist",
              f"--digits: only for moving-mnist, and this is {args.data}"),
             (not math.isfinite(args.guidance), "--guidance: expected a finite number")):
         if wrong:

@@ -609,7 +609,7 @@ def test_a_run_writes_what_is_promised(data, tmp_path):
 
 def test_resume_is_bit_equal_over_all_stages(tmp_path):
     """Stopped in the second part and gone on: the same weights as in one go."""
-    flags = ["--train", *TINY, "--data-dir", str(vd.HERE / "data")]
+    flags = ["--train", "--data", "moving-mnist", *TINY, "--data-dir", str(vd.HERE / "data")]
     vd.main([*flags, "--out", str(tmp_path / "a")])
     real = vd.save_checkpoint
 
