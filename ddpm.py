@@ -514,7 +514,7 @@ def train(args, ckpt=None):
     model = build(args)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     opt = torch.optim.AdamW(model.parameters(), args.lr, (0.9, args.beta2), weight_decay=0.0,
-                            fused="cuda" in args.device)
+                            fused=True)
     begin, history = 1, []
     if ckpt:
         for part, key in ((model, "model"), (ema, "ema"), (opt, "optimizer")):

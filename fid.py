@@ -849,7 +849,7 @@ def train(args, ckpt=None):
     model = Classifier(args.shape[0], args.width, args.num_classes)
     model = model.to(args.device, memory_format=torch.channels_last)
     opt = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=0.02,
-                            fused="cuda" in args.device)
+                            fused=True)
     begin, history = 1, []
     if ckpt:
         load_state(model, ckpt, "model")

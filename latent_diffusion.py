@@ -418,7 +418,8 @@ class Codebook(nn.Module):
         if not self.by_gradient:  # an unused code has count and total shrink alike: it stays
             self.vectors.copy_(self.total / self.count[:, None])
         fair = len(flat) * WORLD / self.K
-        dead = self.count < min(0.5, 0.03 * fair)  # for long chosen 30 times less than its share
+        dead = self.count < min(0.5, 0.03 * fair)  # for long chosen 30 times less than its share,
+        # or less than every second step
         self.replace(dead, flat)
 
     @torch.no_grad()

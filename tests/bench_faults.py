@@ -1,7 +1,7 @@
 """What goes wrong, on purpose: kill -9 while checkpoints are written, a full disk, two trainings in
 one folder, files with flipped, lost and added bytes, a checkpoint that wants to run a command.
 
-    python tests/bench_faults.py                     all of it, a quarter of an hour on 2 cores
+    python tests/bench_faults.py                     all of it, 9 minutes on 2 cores
     python tests/bench_faults.py --kills 2 --inputs 50
 """
 
