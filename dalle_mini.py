@@ -1769,6 +1769,7 @@ def main(argv=None):
             model = DallE(args).to(args.device).eval()
             load_state(model, ckpt, "model")
         if RANK > 0:
+            time.sleep(1)  # a thread of gloo that still holds a tensor would abort a quicker exit
             return
         if args.export:
             ckpt = read_checkpoint(args.out / "model.pt")

@@ -1322,6 +1322,7 @@ def main(argv=None):
             model = build(args).eval()
             load_state(model, ckpt, "ema")
         if RANK > 0:
+            time.sleep(1)  # a thread of gloo that still holds a tensor would abort a quicker exit
             return
         if args.export:
             ckpt = read_checkpoint(args.out / "model.pt")

@@ -2171,6 +2171,7 @@ def main(argv=None):
                         if k.startswith("ema.")}
             load_state(model, ckpt, "model")
         if RANK > 0:
+            time.sleep(1)  # a thread of gloo that still holds a tensor would abort a quicker exit
             return
         if args.export:
             ckpt = read_checkpoint(args.out / "model.pt")

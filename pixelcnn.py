@@ -1238,6 +1238,7 @@ def main(argv=None):
             model = make_model(args).eval()
             load_state(model, ckpt, "ema")
         if RANK > 0:
+            time.sleep(1)  # a thread of gloo that still holds a tensor would abort a quicker exit
             return
         if args.export:
             ckpt = read_checkpoint(args.out / "model.pt")

@@ -136,9 +136,9 @@ def full_disk(file, folder, limit=None):
     return line
 
 
-def two_runs(file, folder):
+def two_runs(file, folder, again=True):
     """The second training in a folder is refused, as long as the first is alive, even if it is
-    asleep; once it is dead, no longer."""
+    asleep; once it is dead, no longer (again)."""
     out = folder / file
     first = start(file, folder, "--out", out)
     try:
@@ -149,6 +149,8 @@ def two_runs(file, folder):
     finally:
         first.kill()
         first.wait()
+    if not again:
+        return line
     third = start(file, folder, "--out", out, "--resume")
     wait_for_the_next(out / "model.pt", third)
     third.kill()
