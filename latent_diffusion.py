@@ -27,7 +27,7 @@ Run        python latent_diffusion.py --train                    all parts, samp
            python latent_diffusion.py --describe --size paper    the slide's U-Net, module by module
 Expect     scenes of two digits. On 2 CPU cores, 10 minutes: everything asked for is seen in 0.99 of
            images, in 0.90 if training never showed such digits in such colours; the enclosed model,
-           18 minutes: 0.999 and 0.98. GPU: runs, not timed. In out/latent_diffusion/: model.pt,
+           18 minutes: 0.999 and 0.99. GPU: runs, not timed. In out/latent_diffusion/: model.pt,
            samples (.png, .npz), trajectory, guidance, loss_by_t, attention, reconstruction (.png),
            loss (.png, .csv).
 Left out   the adversarial and perceptual losses of the real first stage, a text encoder trained on
