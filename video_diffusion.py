@@ -30,9 +30,9 @@ Run        python video_diffusion.py --train                   a table with sphe
 Expect     12 minutes on 2 CPU cores: new views from one picture at 20.8 dB (that picture copied:
            10.9), spheres 1.3 pixels from where they should be; the enclosed model, over an hour:
            23.1 dB, 0.84 pixels. Moving digits, 14 minutes: they bounce, but change their shape on
-           the way. One H100, --size base: 476 clips/s. In out/video_diffusion/: model.pt, samples
-           (.npz, .png, and _film.png, which moves), prediction, orbit, epipolar, attention (.png),
-           loss (.png, .csv).
+           the way. One H100, --size base --time-kernel 3, few scenes: 476 clips/s.
+           In out/video_diffusion/: model.pt, samples (.npz, .png, and _film.png, which moves),
+           prediction, orbit, epipolar, attention (.png), loss (.png, .csv).
 Left out   text, the cascade that makes videos large, a first stage of latents (see
            latent_diffusion.py), FVD: below ten frames its features say nothing, and here the truth
            is known
@@ -175,7 +175,7 @@ def parse_args(argv=None, config=None):
     preset = SIZES[args.size]
     if args.data == "orbit":
         preset = preset | ORBIT.get(args.size, {}) | dict(time_kernel=0, guidance=1.0)
-    known = config or args.train and not args.resume  # else the checkpoint will tell
+    settled = config or args.train and not args.resume  # else the checkpoint will tell
     for key, value in preset.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -184,15 +184,15 @@ def parse_args(argv=None, config=None):
             (args.frames < 2, f"--frames {args.frames}: expected 2 or more"),
             (any(args.width * m % (4 * args.heads) for m in args.mults), f"--width {args.width}: "
              f"expected a multiple of 4 x --heads {args.heads}"),
-            (known and args.given and args.given > args.frames // 2, f"--given {args.given}: the "
+            (settled and args.given and args.given > args.frames // 2, f"--given {args.given}: the "
              f"model is trained with at most {args.frames // 2} given frames"),
             (args.given and args.length and args.length <= args.given,
              f"--length {args.length}: expected more than the {args.given} frames that are given"),
             (args.length and (args.between or args.path), "--length: not for --between or --path"),
-            (known and args.orbit is not None and args.data != "orbit",
+            (settled and args.orbit is not None and args.data != "orbit",
              "--orbit: only for a model of --data orbit"),
             (args.path and args.orbit is None, "--path: only for --orbit"),
-            (known and args.digits and args.data != "moving-mnist",
+            (settled and args.digits and args.data != "moving-mnist",
              f"--digits: only for moving-mnist, and this is {args.data}"),
             (not math.isfinite(args.guidance), "--guidance: expected a finite number")):
         if wrong:
@@ -1045,7 +1045,7 @@ def nothing_known(clips):
 def new_clips(args, model, clips, known, alone=False, told=True, more=0):
     """Clips (N, F, C, H, W) in [-1, 1]: frames where known (N, F) is true are those of clips, the
     others are new. alone: each frame for itself, without time; told: the cameras, or digits; more:
-    than --seed, for other noise."""
+    is added to --seed, for other noise."""
     rng, abar, found = torch.Generator().manual_seed(args.seed + more), schedule_of(args), []
     noise = torch.randn(clips.video.shape, generator=rng)  # on the CPU: the same whatever device
     rays, none = clips.rays(args.patch, told), clips.rays(args.patch, False)

@@ -269,7 +269,7 @@ def test_classify_needs_labels(own, monkeypatch, capsys, flags, words):
 def test_a_class_of_test_images_alone_counts_as_none(own, tmp_path):
     """Every tenth image is a test image; a label that only these have was never learned."""
     labels = np.arange(40) % 2
-    labels[11] = 2
+    labels[11], labels[21] = 2, 3
     np.savez(tmp_path / "rare.npz", images=np.load(own / "own.npz")["images"], labels=labels)
     said = call(pixelcnn, *SMALL, "--data", "rare.npz", "--bpd", cwd=tmp_path)
     assert "uniform" in said

@@ -653,7 +653,8 @@ def orbit_model(tmp_path_factory):
     ("given", "at most 2"), ("singular", "K is singular"), ("rotation", "no rotation"),
     ("shape", "expected (F, 3, 4)"), ("size", "trained on"), ("missing", "cannot be read"),
     ("path", "only for --orbit"), ("mirror", "no rotation"), ("digits", "only for moving-mnist"),
-    ("guidance", "finite")])
+    ("guidance", "finite"), ("origin", "at the origin"), ("short", "expected more than the 2 frames"),
+    ("length", "not for --between or --path")])
 def test_bad_input_is_one_line(orbit_model, tmp_path, capsys, fault, words):
     """More given frames than trained, a singular K, a pose that is no rotation, a picture of another
     size: one line, exit code 2."""
@@ -664,6 +665,8 @@ def test_bad_input_is_one_line(orbit_model, tmp_path, capsys, fault, words):
         pose = pose * 1.1
     if fault == "mirror":
         pose = pose * np.array([-1, 1, 1, 1])
+    if fault == "origin":
+        pose = pose - pose[:1] * [0, 0, 0, 1]
     if fault == "shape":
         pose = pose[0]
     np.savez(tmp_path / "c.npz", K=K, pose=pose)
@@ -671,6 +674,7 @@ def test_bad_input_is_one_line(orbit_model, tmp_path, capsys, fault, words):
     flags = {"given": ["--given", "3"], "size": ["--orbit", str(tmp_path / "v.png")],
              "missing": ["--orbit", "--path", str(tmp_path / "no.npz")],
              "path": ["--path", str(tmp_path / "c.npz")], "digits": ["--sample", "--digits", "3", "8"],
+             "short": ["--given", "2", "--length", "2"], "length": ["--between", "--length", "9"],
              "guidance": ["--sample", "--guidance", "nan"]}.get(
                  fault, ["--orbit", "--path", str(tmp_path / "c.npz")])
     with pytest.raises(SystemExit) as e:
