@@ -33,14 +33,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import dalle_mini  # noqa: E402
-import ddpm  # noqa: E402
 import fid  # noqa: E402
 import latent_diffusion  # noqa: E402
 import pixelcnn  # noqa: E402
 import video_diffusion  # noqa: E402
 import vqvae  # noqa: E402
 
-FILES = [pixelcnn, vqvae, dalle_mini, ddpm, latent_diffusion, video_diffusion, fid]
+FILES = [pixelcnn, vqvae, dalle_mini, latent_diffusion, video_diffusion, fid]
 LONG = "--steps 100000 --every 1 --batch-size 4 --device cpu --data "
 FLAGS = {  # a small network each, which writes a checkpoint every step
     "pixelcnn": LONG + "own.npz --width 8 --dilations 1 --hidden 8 --levels 4",
@@ -48,7 +47,6 @@ FLAGS = {  # a small network each, which writes a checkpoint every step
     "--prior-layers 1",
     "dalle_mini": LONG + "own.npz --width 8 --code-dim 4 --codebook-size 6 --blocks 1 --model-width 32 "
     "--model-layers 1 --heads 2 --side-width 32",
-    "ddpm": LONG + "own.npz --width 16 --mults 1 --blocks 1",
     "latent_diffusion": LONG + "own.npz --width 16 --codebook-size 6 --channels 32 32 --heads 2 "
     "--text-width 32 --text-layers 1 --side-width 32",
     "video_diffusion": LONG + "own.npz --stage video --frames 2 --patch 2 --width 8 --mults 1",
@@ -234,12 +232,13 @@ def loaders(folder):
     pose[:, 2, 3] = 3
     path = bytes_of(np.savez, K=np.eye(3, dtype=np.float32), pose=pose)
     fid_args = SimpleNamespace(data_dir=folder, data="mnist", out=folder)
-    ckpt = (ROOT / "pretrained/ddpm.pt").read_bytes()
-    network = ddpm.build(ddpm.parse_args(["--sample", "--device", "cpu"],
-                                         ddpm.read_checkpoint(ROOT / "pretrained/ddpm.pt")["config"]))
+    enclosed = ROOT / "pretrained/pixelcnn.pt"
+    ckpt = enclosed.read_bytes()
+    network = pixelcnn.make_model(pixelcnn.parse_args(
+        ["--sample", "--device", "cpu"], pixelcnn.read_checkpoint(enclosed)["config"]))
 
     def checkpoint(p):
-        ddpm.load_state(network, ddpm.read_checkpoint(p), "ema")
+        pixelcnn.load_state(network, pixelcnn.read_checkpoint(p), "ema")
 
     votes = [dict(A="a.npz", B="b.npz", digest="0" * 32, seed=0, num=8, repeats=0.25)]
     votes += [dict(trial=i, pair=i, left="AB"[i % 2], repeat=False, vote=("A", "B", "tie")[i % 3],
@@ -251,10 +250,10 @@ def loaders(folder):
     png = (folder / "x.png").read_bytes()
     zipped, png_ways = [mutate, mutate_zip, mutate_zip], [mutate, mutate_png, mutate_png]
     return {
-        "idx": ("mnist/t10k-labels-idx1-ubyte.gz", labels_gz, [mutate], lambda p: ddpm.data_file(
+        "idx": ("mnist/t10k-labels-idx1-ubyte.gz", labels_gz, [mutate], lambda p: pixelcnn.data_file(
             SimpleNamespace(data="mnist", data_dir=folder), p.name)),
-        "npz of images": ("x.npz", images, zipped, lambda p: ddpm.own_data(str(p))),
-        "npy of images": ("x.npy", bytes_of(np.save, x), [mutate], lambda p: ddpm.own_data(str(p))),
+        "npz of images": ("x.npz", images, zipped, lambda p: pixelcnn.own_data(str(p))),
+        "npy of images": ("x.npy", bytes_of(np.save, x), [mutate], lambda p: pixelcnn.own_data(str(p))),
         "npz for fid.py": ("x.npz", images, zipped, lambda p: list(fid.read_set(str(p), fid_args))),
         "npy for fid.py": ("x.npy", bytes_of(np.save, x), [mutate],
                            lambda p: list(fid.read_set(str(p), fid_args))),

@@ -1,4 +1,4 @@
-"""All generators of this repository side by side, as RESULTS.md shows them:
+"""All generators of this repository side by side, as README.md shows them:
 
     python tests/bench_generators.py [a model of latent_diffusion.py --backbone dit]
 
@@ -57,9 +57,16 @@ def digits(n=1000):
             (pixelcnn, pixelcnn.make_model, "ema", pixelcnn.draw_images),
             (vqvae, vqvae.Model, "model", vqvae.new_images),
             (ddpm, ddpm.build, "ema", ddpm.generate)):
-        a, model = ready(module, build, key)
-        y = module.class_labels(a, n)
-        x, seconds = timed(lambda: draw(a, model, y), n)
+        if module is ddpm:
+            ckpt = ddpm.load_checkpoint(ROOT / "pretrained/ddpm.pt")
+            a = ddpm.parse_args(["--device", "cpu"], ckpt["config"])
+            model = build(a).eval()
+            model.load_state_dict(ckpt[key])
+            (x, y), seconds = timed(lambda: draw(a, model, n), n)
+        else:
+            a, model = ready(module, build, key)
+            y = module.class_labels(a, n)
+            x, seconds = timed(lambda: draw(a, model, y), n)
         fake = fid.summarise(zip(x.split(500), y.split(500)), f, args, module.NAME, 1)
         row(f"`{module.NAME}.py`", fid.measures(real, fake, args), cost(model, seconds))
     floor = fid.floor_of(real, fake, f, args)

@@ -1,0 +1,149 @@
+"""The experiments: their mathematics against oracles, and each once as a program, in miniature."""
+
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from inprocess import call
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "experiments"))
+import ddpm
+import ddpm_targets
+import export
+import flow_2d
+import inpaint
+from test_ddpm import f64, gaussian_model
+
+TINY = "--width 16 --mults 1 1 --batch-size 8 --sample-steps 3 --steps 2 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a checkpoint of digits, after two steps."""
+    folder = tmp_path_factory.mktemp("tiny")
+    call(ddpm, "--train", *TINY, "--num", 10, cwd=folder)
+    return folder / "out/ddpm/model.pt"
+
+
+# ---- ddpm_targets.py: the bound ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mean, var", [(0.0, 1e-4), (0.9999, 1e-4), (-1.3, 0.5), (0.25, 1e-2)])
+def test_decoder_is_a_distribution(mean, var):
+    """The probabilities of the 256 grey levels sum to 1; the outermost bins take the tails."""
+    levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    total = ddpm_targets.log_prob_of_level(levels, f64(mean), var).exp().sum().item()
+    assert total == pytest.approx(1, abs=1e-9)
+
+
+def test_decoder_has_no_floor():
+    """A pixel 60 standard deviations off costs what the Gaussian says, about 60^2 / 2 nats: a floor
+    on the probability would make the bound too good."""
+    value = ddpm_targets.log_prob_of_level(f64(-1.0), f64(0.2), 4e-4).item()
+    edge = (-1 + 1 / 255 - 0.2) / 0.02
+    tail = -(edge**2) / 2 - math.log(-edge * math.sqrt(2 * math.pi))  # log Phi far out
+    assert value == pytest.approx(tail, rel=1e-3) and value < -1700
+
+
+def test_normal_kl():
+    """That of torch.distributions; and for |x| = 1 the linear schedule leaves 3e-5 bits/dim at T."""
+    N = torch.distributions.Normal
+    oracle = torch.distributions.kl_divergence(N(f64(0.3), 0.2**0.5), N(f64(-1.0), 0.7**0.5))
+    assert ddpm_targets.normal_kl(f64(0.3), 0.2, f64(-1.0), 0.7).item() == pytest.approx(oracle.item())
+    a = ddpm.make_abar("linear")[-1].item()
+    prior = ddpm_targets.normal_kl(f64(a**0.5), 1 - a, 0.0, 1.0).item() / math.log(2)
+    assert prior == pytest.approx(3e-5, rel=0.1)
+
+
+def test_bound_approaches_the_entropy():
+    """Pixels with any distribution p over the 256 levels, and the exact E[x_0 | x_t]: the bound stays
+    above the entropy of p and falls to it like 1/T as the steps get shorter (the log SNR is evenly
+    spaced, from where the levels are certain to where they are lost)."""
+    g = torch.Generator().manual_seed(0)
+    p = torch.rand(256, generator=g, dtype=torch.float64) ** 4
+    p = p / p.sum()
+    levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    entropy, gaps = -(p * p.log()).sum().item(), []
+    for T in (50, 200, 800):
+        abar = [1.0, *torch.linspace(16, -10, T, dtype=torch.float64).sigmoid().tolist()]
+        x0, a_T, n = levels[p.multinomial(2000, True, generator=g)], abar[-1], 2000
+        total = ddpm_targets.normal_kl(a_T**0.5 * x0, 1 - a_T, 0.0, 1.0).mean().item()
+        for t in range(1, T + 1):
+            a_t = abar[t]
+            xt = ddpm.q_sample(x0, torch.randn(n, generator=g, dtype=torch.float64), a_t)
+            distance = (xt[:, None] - a_t**0.5 * levels).square()  # (n, 256)
+            guess = (p.log() - distance / (2 * (1 - a_t))).softmax(1) @ levels
+            total += ddpm_targets.bound_term(x0[:, None], guess[:, None], t, abar).mean().item()
+        gaps.append(total - entropy)
+    assert 0 < gaps[2] < 0.15 and gaps[0] > 3 * gaps[1] > 9 * gaps[2], gaps
+
+
+def test_bound_of_a_model_that_knows(monkeypatch):
+    """With the right x_0 from every x_t, all terms vanish but L_T and the decoder's."""
+    monkeypatch.setattr(ddpm, "T", 60)
+    args = ddpm.parse_args(["--predict", "x0", "--device", "cpu"])
+    args.shape = [1, 28, 28]
+    model = lambda x, t, y: torch.full_like(x, 0.2)
+    images = torch.full((9, 1, 28, 28), 153, dtype=torch.uint8)  # 0.2 in [-1, 1]
+    terms, error = ddpm_targets.bound(model, args, images, torch.zeros(9, dtype=torch.long), n=4)
+    assert len(terms) == 61 and error == pytest.approx(0, abs=1e-9)
+    assert terms[2:].max() < 1e-9 < terms[1] < 8 and terms[0] > 0
+
+
+def test_targets_in_miniature(tmp_path, monkeypatch):
+    """Three trainings and the table, with few steps, and a judge that only counts."""
+    monkeypatch.setattr(ddpm, "T", 20)
+    monkeypatch.setattr(ddpm_targets, "load_judge", lambda: lambda x, y: (len(x), 0.5))
+    for name, value in (("width", 16), ("batch_size", 8), ("sample_steps", 2)):
+        monkeypatch.setitem(ddpm.HPARAMS, name, (value, value, value, "small"))
+    said = call(ddpm_targets, "--steps", 2, "--num", 20, cwd=tmp_path)
+    for name in ("eps", "x0", "v"):
+        assert re.search(rf"\| {name} \| 2 \| 20.000, 0.500 \| 20.000, 0.500 \| [\d.]+ \+- ", said), said
+    assert (tmp_path / "out/ddpm_targets/targets.png").stat().st_size > 5000
+
+
+# ---- flow_2d.py, inpaint.py, export.py -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["spiral", "moons", "rings"])
+def test_points_learn_to_flow(tmp_path, name):
+    """Slide Converting samples: after a few hundred steps noise has moved towards the data."""
+    said = call(flow_2d, "--data", name, "--steps", 300, "--num", 300, cwd=tmp_path)
+    samples, data, noise = (float(v) for v in re.findall(r"\| (0\.\d+) \|", said))
+    assert data < samples < 0.5 * noise and (tmp_path / "out/flow_2d/flow.png").exists()
+
+
+def test_inpainting_keeps_the_known_half_exactly(tiny):
+    """What is given comes back to the last grey level, the rest does not."""
+    ckpt = ddpm.load_checkpoint(tiny)
+    args = ddpm.parse_args([], ckpt["config"])
+    model = ddpm.build(args).eval()
+    known = ddpm.load_data("mnist", "test", ROOT / "data")[0][:4]
+    mask = torch.zeros(28, 28, dtype=torch.bool)
+    mask[3:9, 5:20] = True
+    x = ddpm.to_uint8(inpaint.inpaint(model, ddpm.to_float(known), mask, args, steps=5, rounds=2))
+    assert (x == known)[:, :, mask].all() and not (x == known)[:, :, ~mask].all()
+
+
+def test_inpainting_in_miniature(tiny):
+    said = call(inpaint, "--model", tiny, "--num", 20, "--answers", 1, cwd=tiny.parent)
+    shares = [float(v) for v in re.findall(r"\| (\d\.\d+) of 20 \|", said)]
+    assert len(shares) == 3 and shares[0] > 0.9 and (tiny.parent / "out/inpaint/inpaint.png").exists()
+
+
+def test_export_halves_and_samples_the_same(tiny):
+    """Half-precision averaged weights, which ddpm.py samples from; the optimiser is left out."""
+    small = tiny.parent / "small/model.pt"
+    small.parent.mkdir()
+    export.main([tiny, small])
+    ckpt = ddpm.load_checkpoint(small)
+    assert set(ckpt) == {"file", "config", "step", "ema"}
+    assert all(v.dtype == torch.float16 for v in ckpt["ema"].values())
+    call(ddpm, "--sample", "--num", 10, "--out", small.parent, cwd=tiny.parent)
+    a, b = (np.load(tiny.parent / f / "samples.npz")["arr_0"].astype(int) for f in (".", "small"))
+    assert abs(a - b).mean() < 2

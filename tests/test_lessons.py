@@ -1,0 +1,313 @@
+"""Every lesson as a program: help, a few steps from another folder, exact resume, kill -9, two
+processes, bad input, damaged files. A lesson that has the new shape adds its row to LESSONS."""
+
+import contextlib
+import importlib
+import http.server
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from inprocess import call
+
+ROOT = Path(__file__).resolve().parents[1]
+LESSONS = {  # flags of a tiny network
+    "ddpm": "--width 16 --mults 1 1 --batch-size 8 --sample-steps 3",
+}
+each_lesson = pytest.mark.parametrize("name", LESSONS)
+TRAIN = "--train --data own.npz --device cpu --num 20 --steps"
+
+
+def lesson(name):
+    return importlib.import_module(name)
+
+
+def flags(name, steps, *more):
+    return [*TRAIN.split(), str(steps), *LESSONS[name].split(), *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with own.npz: 40 images of 12 x 12, with labels."""
+    path = tmp_path_factory.mktemp("lessons")
+    images = np.random.default_rng(0).integers(0, 256, (40, 12, 12, 1), np.uint8)
+    np.savez(path / "own.npz", images=images, labels=np.arange(40) % 2)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """OUT of a short training of every lesson."""
+    for name in LESSONS:
+        call(lesson(name), *flags(name, 12, "--every", 4, "--out", f"whole/{name}"), cwd=folder)
+    return folder / "whole"
+
+
+def start(name, folder, *more, **env):
+    """The lesson in a process of its own, run from folder."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / f"{name}.py", *map(str, more)], cwd=folder, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **env})
+
+
+def assert_equal(a, b, *parts):
+    """Two checkpoints hold the same bits."""
+    a, b = (torch.load(path, weights_only=True) for path in (a, b))
+    assert a["step"] == b["step"]
+    for part in parts:
+        for key, value in a[part].items():
+            assert torch.equal(value, b[part][key]), (part, key)
+
+
+@each_lesson
+def test_help_names_every_flag(name, capsys):
+    """Without arguments the file prints its help: the docstring, and every row of HPARAMS."""
+    with pytest.raises(SystemExit) as stop:
+        lesson(name).main([])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and lesson(name).__doc__.splitlines()[0] in text
+    for flag in [*lesson(name).HPARAMS, "train", "sample", "resume", "data-dir", "out", "size", "num"]:
+        assert f"--{flag.replace('_', '-')} " in text
+
+
+@each_lesson
+def test_training_writes_what_it_promises(name, trained):
+    out = trained / name
+    for file in ("model.pt", "samples.png", "step_000004.png"):
+        assert (out / file).stat().st_size > 0
+    samples = np.load(out / "samples.npz")
+    assert samples["arr_0"].shape == (20, 12, 12, 1) and samples["arr_0"].dtype == np.uint8
+    assert samples["labels"].tolist() == [0, 1] * 10
+
+
+@each_lesson
+def test_same_seed_same_samples(name, trained):
+    """Saved, loaded, sampled twice with one seed: the same bytes; with another seed, others."""
+    for file, seed in (("a", 1), ("b", 1), ("c", 2)):
+        call(lesson(name), "--sample", "--out", name, "--seed", seed, "--save", f"{file}.npz",
+             cwd=trained)
+    a, b, c = (np.load(trained / f"{file}.npz")["arr_0"] for file in "abc")
+    assert (a == b).all() and (a != c).any()
+
+
+@each_lesson
+def test_pretrained_is_the_default(name, tmp_path):
+    """Without a model in OUT, --sample takes the one in pretrained/, from any folder."""
+    said = call(lesson(name), "--sample", "--num", 10, "--device", "cpu", cwd=tmp_path)
+    assert f"pretrained/{name}.pt" in said and (tmp_path / f"out/{name}/samples.npz").exists()
+
+
+@each_lesson
+def test_kill_and_resume_are_bit_equal(name, folder, trained):
+    """Killed at a random moment while it writes checkpoints, then resumed: the same bits as the
+    unbroken run. Every other flag comes from the checkpoint."""
+    out = folder / "killed" / name
+    process = start(name, folder, *flags(name, 12, "--every", 1, "--out", out))
+    while not (out / "model.pt").exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    time.sleep(random.random() * 0.3)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert lesson(name).load_checkpoint(out / "model.pt")["step"] < 12
+    call(lesson(name), "--train", "--resume", "--out", out, "--num", 20, "--device", "cpu", cwd=folder)
+    assert_equal(out / "model.pt", trained / name / "model.pt", "model", "ema")
+    a, b = (np.load(path / "samples.npz")["arr_0"] for path in (out, trained / name))
+    assert (a == b).all()
+
+
+@each_lesson
+def test_two_processes_are_one(name, folder):
+    """torchrun with two gloo processes ends with the weights of one process, to rounding."""
+    call(lesson(name), *flags(name, 4, "--out", f"one/{name}"), cwd=folder)
+    both = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
+         ROOT / f"{name}.py", *flags(name, 4, "--out", f"two/{name}")], cwd=folder,
+        capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert both.returncode == 0, both.stderr
+    one, two = (torch.load(folder / f / name / "model.pt", weights_only=True) for f in ("one", "two"))
+    for key, value in one["model"].items():  # gradients are averaged, or the weights would part
+        assert torch.allclose(value, two["model"][key], atol=5e-3), key
+
+
+# ---- Bad input: one line, exit code 2, nothing overwritten ---------------------------------------
+
+
+def refused(name, cwd, *argv):
+    """The one line that the lesson prints before it exits with code 2."""
+    message = call(lesson(name), *argv, cwd=cwd, code=2)
+    assert message.startswith(f"{name}.py: ") and message.count("\n") == 1, message
+    return message
+
+
+class Malicious:
+    """Unpickled by a careless loader, it makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@each_lesson
+def test_bad_checkpoints(name, trained, tmp_path):
+    whole = (trained / name / "model.pt").read_bytes()
+    other = torch.load(trained / name / "model.pt", weights_only=True) | {"file": "other"}
+    half, flipped = whole[:len(whole) // 2], bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for word, content in (("missing", None), ("damaged", b""), ("damaged", half), ("damaged", flipped),
+                          ("damaged", pickle.dumps(Malicious())), ("damaged", Malicious()),
+                          ("damaged", torch.zeros(3)), ("but of other", other)):
+        path = tmp_path / "out/model.pt"
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(content, (bytes, bytearray)):
+            path.write_bytes(content)
+        elif content is not None:
+            torch.save(content, path)
+        before = path.read_bytes() if content is not None else None
+        for verb in ("--resume --train", "--sample") if before is not None else ("--resume --train",):
+            said = refused(name, tmp_path, *verb.split(), "--out", "out")
+            assert "out/model.pt" in said and word in said
+        assert before is None or path.read_bytes() == before
+        assert not (tmp_path / "executed").exists()
+
+
+@each_lesson
+def test_bad_data(name, folder, trained, tmp_path):
+    """Wrong names, wrong arrays, missing and cut-off files; the old checkpoint stays."""
+    model = trained / name / "model.pt"
+    before = model.read_bytes()
+    np.savez(tmp_path / "float.npz", images=np.zeros((20, 8, 8, 1)))
+    np.savez(tmp_path / "flat.npz", images=np.zeros((20, 8), np.uint8))
+    np.savez(tmp_path / "labels.npz", images=np.zeros((20, 8, 8, 1), np.uint8), labels=np.zeros(4, int))
+    np.savez(tmp_path / "pickle.npz", images=np.array([Malicious()]))
+    (tmp_path / "junk.npz").write_bytes(b"junk")
+    for data in ("nonsense", "none.npz", "float.npz", "flat.npz", "labels.npz", "pickle.npz", "junk.npz"):
+        said = refused(name, tmp_path, "--train", "--data", data, "--out", model.parent)
+        assert f"--data {data}: expected mnist, fashion, cifar10, or an .npz file" in said
+    shutil.copytree(ROOT / "data/mnist", tmp_path / "mnist")
+    labels = tmp_path / "mnist/train-labels-idx1-ubyte.gz"
+    labels.write_bytes(labels.read_bytes()[:1000])
+    said = refused(name, tmp_path, "--train", "--data-dir", tmp_path, "--out", model.parent)
+    assert str(labels) in said and "damaged" in said and "https://" in said
+    assert not (tmp_path / "executed").exists() and model.read_bytes() == before
+
+
+@pytest.fixture
+def server():
+    """Serves /whole, and /short with fewer bytes than announced."""
+    content = (ROOT / "data/mnist/t10k-labels-idx1-ubyte.gz").read_bytes()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(404 if "absent" in self.path else 200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:1000] if "short" in self.path else content)
+
+        def log_message(self, *_):
+            pass
+
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{web.server_port}/"
+    web.shutdown()
+
+
+@each_lesson
+def test_downloads_are_whole_or_absent(name, server, tmp_path, monkeypatch, capsys):
+    module, file = lesson(name), "t10k-labels-idx1-ubyte.gz"
+    for kind in ("short", "absent"):
+        monkeypatch.setitem(module.URLS, "mnist", f"{server}{kind}/")
+        with pytest.raises(SystemExit):
+            module.data_file("mnist", file, tmp_path)
+        assert not (tmp_path / "mnist" / file).exists() and kind in capsys.readouterr().err
+    monkeypatch.setitem(module.URLS, "mnist", f"{server}whole/")
+    assert len(module.data_file("mnist", file, tmp_path)) == 10_008
+    assert (tmp_path / "mnist" / file).read_bytes() == (ROOT / "data/mnist" / file).read_bytes()
+
+
+def mutate(data, rng):
+    """Cut off, with a few bytes changed, or with a piece repeated."""
+    data, kind = bytearray(data), rng.randrange(3)
+    at = rng.randrange(len(data))
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        for _ in range(rng.randint(1, 8)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        return data
+    return data[:at] + data[at // 2:at] + data[at:]
+
+
+@each_lesson
+@pytest.mark.parametrize("kind", ["npz", "checkpoint", "gzip"])
+def test_damaged_files_never_give_a_traceback(name, kind, folder, trained, tmp_path):
+    """200 mutated files of each kind are read or refused in one line."""
+    module, rng, refusals = lesson(name), random.Random(0), 0
+    file = {"npz": tmp_path / "x.npz", "checkpoint": tmp_path / "model.pt",
+            "gzip": tmp_path / "mnist/t10k-labels-idx1-ubyte.gz"}[kind]
+    whole = {"npz": folder / "own.npz", "checkpoint": trained / name / "model.pt",
+             "gzip": ROOT / "data/mnist/t10k-labels-idx1-ubyte.gz"}[kind].read_bytes()
+    read = {"npz": lambda: module.load_data(str(file), "train", None),
+            "checkpoint": lambda: module.load_checkpoint(file),
+            "gzip": lambda: module.data_file("mnist", file.name, tmp_path)}[kind]
+    file.parent.mkdir(exist_ok=True)
+    for _ in range(200):
+        file.write_bytes(mutate(whole, rng))
+        with contextlib.redirect_stderr(None):
+            try:
+                read()
+            except SystemExit as e:
+                assert e.code == 2
+                refusals += 1
+    assert refusals > 100
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+
+
+@each_lesson
+def test_pictures_are_read_back_by_pillow(name, tmp_path):
+    """A PNG and an animated PNG hold the pixels given."""
+    from PIL import Image
+
+    frames = np.random.default_rng(0).integers(0, 256, (5, 7, 11, 3), np.uint8)
+    for count in (1, 5):
+        lesson(name).save_png(tmp_path / "x.png", *frames[:count])
+        picture = Image.open(tmp_path / "x.png")
+        assert getattr(picture, "n_frames", 1) == count
+        for i in range(count):
+            picture.seek(i)
+            assert (np.asarray(picture.convert("RGB")) == frames[i]).all()
+
+
+@each_lesson
+def test_grid_is_row_by_row(name):
+    """Seven images in rows of three, each pixel enlarged, with a border; gaps have its colour."""
+    x = torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1).expand(7, 1, 4, 5)
+    picture = lesson(name).grid(x, 3, zoom=2)
+    assert picture.shape == (3 * 10, 3 * 12, 3) and picture.dtype == np.uint8
+    for i in range(7):
+        cell = picture[i // 3 * 10:i // 3 * 10 + 10, i % 3 * 12:i % 3 * 12 + 12]
+        assert (cell[1:-1, 1:-1] == i).all() and (cell[0] == 64).all()
+    assert (picture[20:, 12:] == 64).all()
+
+
+@each_lesson
+def test_pixels_survive_the_round_trip(name):
+    """uint8 -> [-1, 1] -> uint8 is the identity, and rounding is to the nearest."""
+    to_float, to_uint8 = lesson(name).to_float, lesson(name).to_uint8
+    x = torch.arange(256, dtype=torch.uint8)
+    assert to_float(x)[0] == -1 and to_float(x)[255] == 1
+    for push in (0, 0.9, -0.9):
+        assert torch.equal(to_uint8(to_float(x) + push / 255), x)
