@@ -1,7 +1,7 @@
 """Denoising diffusion: a network learns to remove Gaussian noise; sampling starts from pure noise.
 
-    python ddpm.py --sample                       100 digits from the pretrained model, in seconds
-    python ddpm.py --train                        your own model, in minutes on a laptop
+    python ddpm.py --train                        MNIST, in minutes on a laptop
+    python ddpm.py --sample                       100 digits from your model, or the pretrained one
     python ddpm.py --sample --num 1000 --guidance 2 --sampler ddim --save digits.npz
     torchrun --nproc_per_node=8 ddpm.py --train --size paper --data cifar10 --out out/cifar
 
@@ -10,12 +10,13 @@ Slides     Converting samples, Flow between distributions, Diffusion models, Noi
            Add time dependency, SiLU
 Equations  add noise   x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,   eps ~ N(0, I)
            schedule    abar_t = (1 - beta_1) ... (1 - beta_t), from 1 to almost 0
-           loss        ||f(x_t, t, y) - target||^2,   target: eps, x_0 or v
+           loss        ||f(x_t, t, y) - target||^2,   target: eps, x_0, or a mixture of both,
+                       v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
            sampling    x_T ~ N(0, I); estimate x_0 from f(x_t, t, y); step to a smaller t; repeat
            guidance    f(x_t, t, none) + w (f(x_t, t, y) - f(x_t, t, none))
-Notation   x (B, C, H, W) images in [-1, 1]; t (B,) time in 1..T; y (B,) class, `classes` for none;
-           abar (T + 1,) share of signal variance left at time t, abar[0] = 1; a_t is abar[t];
-           emb (B, D) embedding of t and y
+Notation   x (B, C, H, W) images in [-1, 1]; t (B,) time in 1..T; y (B,) class in 0..classes-1,
+           and one more, `classes`, for "none"; abar (T + 1,) share of signal variance left at time
+           t, abar[0] = 1; a_t is abar[t]; emb (B, D) embedding of t and y
 Papers     Ho et al. 2020 (DDPM); Nichol & Dhariwal 2021 (cosine schedule); Song et al. 2021 (DDIM);
            Salimans & Ho 2022 (v); Ho & Salimans 2022 (guidance); Lu et al. 2022 (DPM-Solver++)
 """
@@ -43,7 +44,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 SIZES = ("small", "base", "paper")
-HPARAMS = {  # each row is a flag; --size picks the column. paper: Ho et al. 2020 on CIFAR-10
+HPARAMS = {  # each row is a flag; --size picks the column. paper: the network of Ho et al. 2020
     "patch": (2, 1, 1, "fold patch x patch pixels into channels"),
     "width": (32, 96, 128, "channels of the first level"),
     "mults": ([1, 2], [1, 2, 2], [1, 2, 2, 2], "channels of each level, in units of width"),
@@ -58,12 +59,12 @@ HPARAMS = {  # each row is a flag; --size picks the column. paper: Ho et al. 202
     "flip": (0.0, 0.0, 0.5, "share of images mirrored in training; 0 for digits"),
     "every": (500, 2000, 20_000, "steps between checkpoints"),
     "sampler": ("dpm++", "dpm++", "ddpm", "how to step from noise to image"),
-    "sample_steps": (20, 25, 1000, "number of those steps, at most T"),
+    "sample_steps": (20, 25, 1000, "number of sampling steps, at most T"),
     "guidance": (1.5, 1.5, 1.0, "w: larger is more typical and less varied; 1 is off"),
 }
 CHOICES = {"predict": ["eps", "x0", "v"], "schedule": ["linear", "cosine"],
            "sampler": ["ddpm", "ddim", "dpm++"]}
-T = 1000
+T = 1000  # noise levels
 
 # ---- 1. Forward process (slides Diffusion models, Noise schedule) --------------------------------
 
@@ -93,15 +94,19 @@ def q_sample(x0, eps, a_t):
 
 def target_of(x0, eps, a_t, predict):
     """What the network should output: eps, x0, or v (Salimans & Ho 2022), shaped as x0."""
+    # Near t = T, x_t says almost all of eps and nothing of x_0; near t = 0, the reverse. v asks at
+    # both ends for what x_t does not show.
     v = a_t**0.5 * eps - (1 - a_t) ** 0.5 * x0
     return {"eps": eps, "x0": x0, "v": v}[predict]
 
 
 def x0_of(out, xt, a_t, predict):
     """The estimate of x_0 that follows from the network's output: the equations above, inverted."""
-    if predict == "eps":  # amplifies errors near t = T, where a_t is almost 0
-        return (xt - (1 - a_t) ** 0.5 * out) / a_t**0.5
-    return out if predict == "x0" else a_t**0.5 * xt - (1 - a_t) ** 0.5 * out
+    if predict == "eps":
+        return (xt - (1 - a_t) ** 0.5 * out) / a_t**0.5  # amplifies errors where a_t is almost 0
+    if predict == "x0":
+        return out
+    return a_t**0.5 * xt - (1 - a_t) ** 0.5 * out  # v
 
 
 # ---- 3. Network (slides Add time dependency, SiLU; DDPM appendix B) ------------------------------
@@ -115,11 +120,11 @@ def time_embedding(t, dim):
 
 
 def group_norm(C):
-    return nn.GroupNorm(math.gcd(32, C // 4), C)
+    return nn.GroupNorm(math.gcd(32, C // 4), C)  # at most 32 groups, of at least 4 channels
 
 
 def zero(layer):
-    """Initialise a layer to zero, so that its residual branch starts as the identity."""
+    """Initialise a layer to zero: a residual block then starts as its shortcut."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
@@ -167,32 +172,34 @@ class UNet(nn.Module):
 
     def __init__(self, C, classes, patch, width, mults, blocks, attention, dropout):
         super().__init__()
-        self.patch, self.width, D = patch, width, 4 * width
+        self.patch, self.width = patch, width
+        D = 4 * width
         self.time_mlp = nn.Sequential(nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D))
         self.label = nn.Embedding(classes + 1, D)  # the last one means "none"
         self.conv_in = nn.Conv2d(C * patch**2, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        ch, skips = width, [width]
+        ch, skip_channels = width, [width]
         for i, m in enumerate(mults):
             for _ in range(blocks):
                 self.down.append(ResBlock(ch, m * width, D, dropout, i in attention))
                 ch = m * width
-                skips.append(ch)
+                skip_channels.append(ch)
             if i < len(mults) - 1:
                 self.down.append(nn.Conv2d(ch, ch, 3, stride=2, padding=1))
-                skips.append(ch)
+                skip_channels.append(ch)
         self.middle = nn.ModuleList([ResBlock(ch, ch, D, dropout, attends=True),
                                      ResBlock(ch, ch, D, dropout, attends=False)])
         for i, m in reversed(list(enumerate(mults))):
-            for _ in range(blocks + 1):
-                self.up.append(ResBlock(ch + skips.pop(), m * width, D, dropout, i in attention))
+            for _ in range(blocks + 1):  # one more: conv_in and each downsampling left a skip too
+                C_in = ch + skip_channels.pop()
+                self.up.append(ResBlock(C_in, m * width, D, dropout, i in attention))
                 ch = m * width
             if i > 0:
                 self.up.append(nn.Conv2d(ch, ch, 3, padding=1))
         self.norm_out = group_norm(ch)
         self.conv_out = zero(nn.Conv2d(ch, C * patch**2, 3, padding=1))
 
-    def forward(self, x, t, y):
+    def forward(self, x, t, y):  # (B, C, H, W), (B,), (B,)
         emb = self.time_mlp(time_embedding(t, self.width)) + self.label(y)  # (B, D)
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))  # (B, width, H / patch, W / patch)
         skips = [h]
@@ -221,14 +228,14 @@ def diffusion_loss(model, x0, y, t, eps, abar, predict):
 
 
 # ---- 5. Samplers (slides Converting samples, Sampling a diffusion model) -------------------------
-# Each steps from x_t to x_s, s < t, given the estimate of x_0. With s = t - 1, a_t / a_s is the
-# slide's alpha_t; for longer steps it is the product of the alphas in between.
+# Each step goes from x_t to x_s, s < t; x_s - x_t is the slide's flow. x0 is now the estimate of
+# x_0. With s = t - 1, a_t / a_s is the slide's alpha_t; in longer steps, a product of alphas.
 
 
 def ddpm_step(xt, x0, a_t, a_s, z):
-    """Ancestral (DDPM Eq. 7): the mean of q(x_s | x_t, x_0), and noise z of variance beta.
+    """Ancestral (DDPM Eq. 7): the mean of q(x_s | x_t, x_0), and noise z scaled to variance beta.
 
-    The slide writes the same mean in terms of eps; here x_0 is clipped first, which eps cannot be.
+    The slide writes the same mean with eps. We know that x_0 is in [-1, 1], and can clip it.
     """
     alpha, beta = a_t / a_s, 1 - a_t / a_s
     mean = (a_s**0.5 * beta * x0 + alpha**0.5 * (1 - a_s) * xt) / (1 - a_t)
@@ -242,10 +249,13 @@ def ddim_step(xt, x0, a_t, a_s):
 
 
 def dpmpp_step(xt, x0, a_t, a_s, x0_prev, a_prev):
-    """DPM-Solver++(2M) (Lu et al. 2022): DDIM, with x_0 extrapolated from the previous estimate."""
-    if a_s == 1:
+    """DPM-Solver++(2M) (Lu et al. 2022): DDIM, with x_0 extrapolated from the previous estimate.
+
+    Its last line is ddim_step in the form of the paper; lam is half the log signal-to-noise ratio.
+    """
+    if a_s == 1:  # lam is infinite
         return x0
-    lam_t, lam_s = (0.5 * math.log(a / (1 - a)) for a in (a_t, a_s))  # half the log SNR
+    lam_t, lam_s = (0.5 * math.log(a / (1 - a)) for a in (a_t, a_s))
     if x0_prev is not None:
         r = (lam_t - 0.5 * math.log(a_prev / (1 - a_prev))) / (lam_s - lam_t)
         x0 = x0 + (x0 - x0_prev) / (2 * r)
@@ -253,8 +263,9 @@ def dpmpp_step(xt, x0, a_t, a_s, x0_prev, a_prev):
 
 
 @torch.no_grad()
-def sample(model, y, x, args, keep=None):
-    """Images shaped as x, of classes y (B,), from noise x; keep(x_t, x_0) is called every step."""
+def sample(model, x, y, args, on_step=None):
+    """Turn noise x (B, C, H, W) into images of classes y (B,). args are the flags, see HPARAMS;
+    on_step(x_t, x_0), if given, is called with every state and estimate."""
     abar = make_abar(args.schedule).tolist()
     times = [round(T * i / args.sample_steps) for i in range(args.sample_steps, -1, -1)]
     x0_prev, a_prev = None, None
@@ -262,12 +273,12 @@ def sample(model, y, x, args, keep=None):
         a_t, a_s = abar[t], abar[s]
         tt = torch.full_like(y, t)
         out = model(x, tt, y)
-        if args.guidance != 1:
+        if args.guidance != 1:  # go further in the direction in which the class changes the output
             uncond = model(x, tt, torch.full_like(y, args.classes))
             out = uncond + args.guidance * (out - uncond)
         x0 = x0_of(out, x, a_t, args.predict).clamp(-1, 1)
-        if keep:
-            keep(x, x0)
+        if on_step:
+            on_step(x, x0)
         if args.sampler == "ddpm":  # no noise in the last step (the slide's z > 1 should be t > 1)
             x = ddpm_step(x, x0, a_t, a_s, torch.randn_like(x) if s > 0 else 0)
         elif args.sampler == "ddim":
@@ -290,7 +301,7 @@ def build(args):
 
 @torch.no_grad()
 def ema_update(ema, model, step):
-    """Average the weights over about the last tenth of the training, however long it is."""
+    """Polynomial averaging (Shamir & Zhang 2013): over about the last tenth of the training."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 10 / (step + 10))
 
 
@@ -298,7 +309,8 @@ def train(args, ckpt=None):
     """Train, from scratch or from a checkpoint, and return the averaged model."""
     images, labels = load_data(args.data, "train", args.data_dir)
     images, labels = images.to(args.device), labels.to(args.device)
-    args.shape, args.classes = list(images.shape[1:]), int(labels.max()) + 1
+    args.shape = list(images.shape[1:])
+    args.classes = int(labels.max()) + 1
     torch.manual_seed(args.seed)
     model = build(args)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
@@ -314,11 +326,12 @@ def train(args, ckpt=None):
     if args.compile:
         model.compile()
     net = DistributedDataParallel(model) if WORLD > 1 else model
-    abar, B = make_abar(args.schedule).float().to(args.device), args.batch_size
+    abar = make_abar(args.schedule).float().to(args.device)
+    B = args.batch_size
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=RANK > 0)
     for step in bar:
-        # Every step has its own seed: --resume continues exactly, and the processes of torchrun
-        # draw the same global batch, of which each takes its share.
+        # Every step has its own seed: --resume continues exactly, and the processes of torchrun,
+        # number RANK of WORLD, draw the same global batch, of which each takes its share.
         torch.manual_seed(args.seed * 10_000_000 + step)
         index = torch.randint(len(images), (B,), device=args.device)
         u = (torch.rand((), device=args.device) + torch.arange(B, device=args.device) / B) % 1
@@ -326,9 +339,10 @@ def train(args, ckpt=None):
         eps = torch.randn(B, *args.shape, device=args.device)
         drop, mirror = torch.rand(2, B, device=args.device)
         index, t, eps, drop, mirror = (a[RANK::WORLD] for a in (index, t, eps, drop, mirror))
+        torch.manual_seed(step * WORLD + RANK)  # dropout differs between processes
         x0 = to_float(images[index])
         x0 = torch.where((mirror < args.flip)[:, None, None, None], x0.flip(3), x0)
-        y = labels[index].masked_fill(drop < 0.1, args.classes)  # 10 % "none", for guidance
+        y = labels[index].masked_fill(drop < 0.1, args.classes)  # 10 % "none", which guidance needs
         for group in opt.param_groups:
             group["lr"] = args.lr * min(1, step / 100) * (1 - (step - 1) / args.steps) ** 0.5
         with autocast(args):
@@ -350,7 +364,7 @@ def train(args, ckpt=None):
 # ---- 7. Sampling from a trained model ------------------------------------------------------------
 
 
-def generate(args, model, num, keep=None):
+def generate(args, model, num, on_step=None):
     """num images (N, C, H, W) uint8 and their labels (N,): 0, 1, ..., classes - 1, 0, 1, ..."""
     torch.manual_seed(args.seed)
     labels = torch.arange(num) % args.classes
@@ -358,7 +372,7 @@ def generate(args, model, num, keep=None):
     images = []
     with autocast(args):
         for y, x in zip(labels.split(250), noise.split(250)):
-            x = sample(model, y.to(args.device), x.to(args.device), args, keep)
+            x = sample(model, x.to(args.device), y.to(args.device), args, on_step)
             images.append(to_uint8(x))
     return torch.cat(images), labels
 
@@ -371,11 +385,11 @@ def save_samples(args, model):
     np.savez(path, images.permute(0, 2, 3, 1).cpu(), labels=labels)
     save_png(args.out / "samples.png", grid(images[:100], 10))
     say(f"{args.num} samples in {time.time() - start:.1f} s: {path} and {args.out}/samples.png")
-    frames = []
-    generate(args, model, 20, keep=lambda xt, x0: frames.append(
-        np.concatenate([grid(to_uint8(xt), 5), grid(to_uint8(x0), 5)], axis=1)))
-    film = frames[::-max(1, len(frames) // 40)][::-1]  # about 40 of them, and the last
-    save_png(args.out / "trajectory.png", *film, *film[-1:] * 8)
+    states = []
+    generate(args, model, 20, lambda xt, x0: states.append((to_uint8(xt), to_uint8(x0))))
+    states = states[::max(1, len(states) // 40)] + states[-1:] * 8  # some, and a pause on the last
+    frames = [np.concatenate([grid(xt, 5), grid(x0, 5)], axis=1) for xt, x0 in states]
+    save_png(args.out / "trajectory.png", *frames)
 
 
 # ---- Plumbing: the same in every file; skip it on a first reading --------------------------------
@@ -436,7 +450,7 @@ def load_data(name, split, folder):
             images, labels = images[part], labels[part]
         except Exception as e:
             die(f"--data {name}: expected {', '.join(URLS)}, or an .npz file with images "
-                f"(N, H, W, C) uint8 and labels (N,) from 0 ({e})")
+                f"(N, H, W, 1 or 3) uint8 and labels (N,) from 0 ({e})")
     return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
 
 
@@ -476,8 +490,8 @@ def save_png(path, *frames, fps=8):
 
 def save_checkpoint(args, step, **state):
     """Write OUT/model.pt; the rename is atomic, so a kill leaves the previous checkpoint whole."""
-    keep = [*HPARAMS, "data", "seed", "shape", "classes"]
-    config = {k: v for k, v in vars(args).items() if k in keep}
+    names = [*HPARAMS, "data", "seed", "shape", "classes"]
+    config = {name: getattr(args, name) for name in names}
     torch.save(dict(file=NAME, config=config, step=step, **state), args.out / "model.part")
     os.replace(args.out / "model.part", args.out / "model.pt")
 
@@ -489,22 +503,21 @@ def load_checkpoint(path):
             if damaged := file.testzip():  # torch.load does not compare checksums
                 raise ValueError(damaged)
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        made_by = ckpt.get("file")
+        if ckpt.get("file") != NAME:
+            die(f"{path} is not a checkpoint of {NAME}.py, but of {ckpt.get('file')}")
+        return ckpt
     except FileNotFoundError:
         die(f"{path} is missing: run --train first")
     except Exception as e:
         die(f"{path} is not a checkpoint, or damaged ({type(e).__name__})")
-    if made_by != NAME:
-        die(f"{path} is not a checkpoint of {NAME}.py, but of {made_by}")
-    return ckpt
 
 
 def autocast(args):
-    """bf16 where the hardware has it."""
+    """bf16 on GPUs and CPUs that compute in it."""
     if args.device == "cpu":
         bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     else:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=bf16)
 
 
@@ -514,7 +527,7 @@ def parse_args(argv=None, config=None):
     add = p.add_argument
     add("--train", action="store_true", help="train, then sample")
     add("--sample", action="store_true", help="sample from OUT/model.pt, or else from pretrained/")
-    add("--resume", action="store_true", help="continue the training in OUT")
+    add("--resume", action="store_true", help="with --train: continue from OUT/model.pt")
     add("--compile", action="store_true", help="torch.compile: slow start, faster steps")
     add("--data", default="mnist", help="mnist, fashion, cifar10, or an .npz with images, labels")
     add("--data-dir", type=Path, default=HERE / "data", help="folder of the data sets")
@@ -549,8 +562,7 @@ def main(argv=None):
         say(f"{path}, step {ckpt['step']:,}")
     if WORLD > 1:
         if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.train:
@@ -558,10 +570,10 @@ def main(argv=None):
     else:
         model = build(args).eval()
         model.load_state_dict(ckpt["ema"])
-    if RANK == 0:
-        save_samples(args, model)
     if WORLD > 1:
         dist.destroy_process_group()
+    if RANK == 0:
+        save_samples(args, model)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """How fast is ddpm.py beside diffusers and lucidrains' denoising-diffusion-pytorch?
 
 Question   Training: images per second of one step (forward, backward, clip, Adam, EMA). Sampling:
-           seconds per 1,000 images, by ddpm.py's default and the peers' usual samplers. Every network
-           has about 0.7 million parameters; ddpm.py is measured as it is (--patch 2 on 28 x 28 images,
-           14 x 14 positions) and with as many positions as the peers (--patch 1 on 32 x 32).
+           seconds per 1,000 images, by ddpm.py's default and the peers' usual samplers. Every
+           network has about 0.7 million parameters; ddpm.py is measured as it is (--patch 2 on
+           28 x 28 images: 14 x 14 positions) and with the peers' positions (--patch 1 on 32 x 32).
 Run        pip install denoising-diffusion-pytorch               it brings torchvision with it
            python experiments/bench_ddpm.py                      a peer that is missing is left out
 
@@ -33,7 +33,8 @@ def ours(device, patch, size):
         y = torch.randint(0, 11, (len(x),), device=device)
         return ddpm.diffusion_loss(model, x, y, t, torch.randn_like(x), abar, args.predict)
 
-    return model, size, loss, lambda n: ddpm.generate(args, model, n), "DPM-Solver++, 20 steps, guided"
+    draw = lambda n: ddpm.generate(args, model, n)
+    return model, size, loss, draw, "DPM-Solver++, 20 steps, guided"
 
 
 def from_diffusers(device):
@@ -122,12 +123,14 @@ def main(argv=None):
                                 clock(draws[name]) / a.num))
     print("| network | parameters | train img/s | speed | s per 1,000 samples | time | sampling |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
+    first = next(iter(times.values()))
     for name, (model, _, _, _, sampler) in found.items():
+        count = sum(p.numel() for p in model.parameters())
         train, draw = (statistics.median(t[k] for t in times[name]) for k in (0, 1))
-        first = next(iter(times.values()))
-        speed, slower = (statistics.median(t[k] / f[k] for t, f in zip(times[name], first)) for k in (0, 1))
-        print(f"| {name} | {sum(p.numel() for p in model.parameters()):,} | {1 / train:.0f} | "
-              f"{1 / speed:.2f} | {1000 * draw:.1f} | {slower:.2f} | {sampler} |")
+        ratios = [[t[k] / f[k] for t, f in zip(times[name], first)] for k in (0, 1)]
+        slower, longer = (statistics.median(r) for r in ratios)
+        print(f"| {name} | {count:,} | {1 / train:.0f} | {1 / slower:.2f} | {1000 * draw:.1f} | "
+              f"{longer:.2f} | {sampler} |")
 
 
 if __name__ == "__main__":

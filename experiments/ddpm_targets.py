@@ -1,6 +1,7 @@
 """Which target should the network predict: the noise eps, the image x_0, or v?
 
-Slide      Predicting images instead of noise: "In practice predicting noise works often a bit better"
+Slide      Predicting images instead of noise: "In practice predicting noise works often a bit
+           better"
 Question   After equally many steps, which target gives the best pictures, and which the best bound
            on the likelihood?
 Run        python experiments/ddpm_targets.py                    three trainings, then the table
@@ -62,10 +63,11 @@ def bound_term(x0, guess, t, abar):
 def bound(model, args, images, labels, n=64):
     """Terms of the bound in bits/dim, (T + 1,): L_T, L_0, L_1, ..., L_{T-1}, each the mean over n
     images of the test set drawn for it; and the standard error of their sum."""
-    abar, terms, variance = ddpm.make_abar(args.schedule).tolist(), [], 0.0
-    scale = 1 / (math.log(2) * math.prod(args.shape))
-    a_T, x0 = abar[-1], ddpm.to_float(images).double()
-    terms.append(normal_kl(a_T**0.5 * x0, 1 - a_T, 0.0, 1.0).flatten(1).sum(1).mean().item() * scale)
+    abar = ddpm.make_abar(args.schedule).tolist()
+    scale = 1 / (math.log(2) * math.prod(args.shape))  # nats per image -> bits per dimension
+    x0 = ddpm.to_float(images).double()
+    prior = normal_kl(abar[-1] ** 0.5 * x0, 1 - abar[-1], 0.0, 1.0).flatten(1).sum(1)
+    terms, variance = [prior.mean().item() * scale], 0.0
     torch.manual_seed(args.seed)
     for t in tqdm(range(1, ddpm.T + 1), desc=f"bound of {args.predict}", leave=False):
         i = torch.randint(len(images), (n,))
@@ -80,8 +82,8 @@ def bound(model, args, images, labels, n=64):
 
 
 def load_judge():
-    """score(images, labels): the Frechet distance to MNIST's training set, in the features of fid.py's
-    classifier, and the share of images that the classifier reads as their labels."""
+    """score(images, labels): the Frechet distance to MNIST's training set in the features of
+    fid.py's classifier, and the share of images that the classifier reads as their labels."""
     args = fid.parse_args(["mnist:train", "samples", "--classes"])
     fid.use_device(args)
     extract, _, tag = fid.extractor(args, fid.read_checkpoint(ROOT / "pretrained/fid.pt"))
@@ -110,11 +112,11 @@ def main(argv=None):
                        path.parent.name])
     test, test_labels = ddpm.load_data("mnist", "test", ROOT / "data")
     score = load_judge()
-    figure, rows = plt.subplots(len(models) + 1, squeeze=False, height_ratios=[1] * len(models) + [4],
+    figure, rows = plt.subplots(len(models) + 1, height_ratios=[1] * len(models) + [4],
                                 figsize=(8, 4 + len(models)), layout="constrained")
-    print("| target | steps | guidance 1: FD, accuracy | 1.5: FD, accuracy | bits/dim | L_T | L_0 |")
+    print("| target | steps | w = 1: FD, accuracy | w = 1.5: FD, accuracy | bits/dim | L_T | L_0 |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for path, row in zip(models, rows[:, 0]):
+    for path, row in zip(models, rows):
         ckpt = ddpm.load_checkpoint(path)
         args = ddpm.parse_args([], ckpt["config"])
         model = ddpm.build(args).eval()
@@ -127,13 +129,13 @@ def main(argv=None):
         row.set_ylabel(args.predict)
         row.set(xticks=[], yticks=[])
         terms, error = bound(model, args, test, test_labels)
-        rows[-1, 0].loglog(range(1, ddpm.T + 1), terms[1:], label=args.predict)
-        print(f"| {args.predict} | {ckpt['step']:,} | {cells[0]} | {cells[1]} | {terms.sum():.3f} +- "
-              f"{error:.3f} | {terms[0]:.5f} | {terms[1]:.3f} |", flush=True)
-    real, real_labels = test[:a.num], test_labels[:a.num]
-    print("| real test digits | | | {:.3f}, {:.3f} | 8 (uniform) | | |".format(*score(real, real_labels)))
-    rows[-1, 0].set(xlabel="t", ylabel="$L_{t-1}$ in bits/dim")
-    rows[-1, 0].legend()
+        rows[-1].loglog(range(1, ddpm.T + 1), terms[1:], label=args.predict)
+        print(f"| {args.predict} | {ckpt['step']:,} | {cells[0]} | {cells[1]} | {terms.sum():.3f} "
+              f"+- {error:.3f} | {terms[0]:.5f} | {terms[1]:.3f} |", flush=True)
+    floor = score(test[:a.num], test_labels[:a.num])
+    print("| real test digits | | | {:.3f}, {:.3f} | 8 (uniform) | | |".format(*floor))
+    rows[-1].set(xlabel="t", ylabel="$L_{t-1}$ in bits/dim")
+    rows[-1].legend()
     figure.savefig(a.out / "targets.png", dpi=120)
     print(f"{a.out / 'targets.png'}: samples from the same noise, and the terms of the bound")
 

@@ -92,8 +92,8 @@ def draw(path, samples, data, model, args, file):
         ax.scatter(*path[i].T, s=2, c="lightsteelblue")
         ax.quiver(*mesh.T, *f.T, angles="xy", width=0.004)
         ax.set_title(f"the field at t = {t}")
-    lower = (("noise", path[0]), ("paths", None), ("samples", samples), ("data", data[:len(samples)]))
-    for ax, (title, points) in zip(axes[1], lower):
+    below = (("noise", path[0]), ("paths", None), ("samples", samples), ("data", data))
+    for ax, (title, points) in zip(axes[1], below):
         if points is None:
             ax.plot(*path[:, :60].permute(2, 0, 1), c="grey", lw=0.7)  # columns are lines
             ax.scatter(*samples[:60].T, s=12, c="crimson", zorder=2)
@@ -118,8 +118,8 @@ def main(argv=None):
     data, other = make_points(a.data, 20_000), make_points(a.data, a.num)
     model = train(data, a.steps, args.predict, args.schedule)
     noise, path = torch.randn(a.num, 2), []
-    samples = ddpm.sample(model, torch.zeros(a.num, dtype=torch.long), noise, args,
-                          keep=lambda xt, x0: path.append(xt))
+    samples = ddpm.sample(model, noise, torch.zeros(a.num, dtype=torch.long), args,
+                          on_step=lambda xt, x0: path.append(xt))
     draw(torch.stack([*path, samples]), samples, other, model, args, a.out / "flow.png")
     print("| mean distance to the nearest of 20,000 data points | |\n| --- | --- |")
     for name, points in (("samples", samples), ("other data", other), ("noise", noise)):

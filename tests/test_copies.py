@@ -1,4 +1,4 @@
-"""The same top-level name is the same code in every lesson, so that a reader of one knows it in all."""
+"""The same top-level name is the same code in every lesson: who has read one knows it in all."""
 
 import ast
 import difflib
@@ -37,8 +37,8 @@ def differences(sources):
         for name, lines in definitions(source):
             if name not in OWN:
                 where, reference = seen.setdefault(name, (file, lines))
-                found += difflib.unified_diff(reference, lines, f"{where}: {name}", f"{file}: {name}",
-                                              lineterm="")
+                found += difflib.unified_diff(
+                    reference, lines, f"{where}: {name}", f"{file}: {name}", lineterm="")
     return found
 
 

@@ -20,8 +20,8 @@ f64 = functools.partial(torch.tensor, dtype=torch.float64)
 
 
 def test_schedule_golden_numbers():
-    """Slide Noise schedule: abar at chosen t, from an independent computation in float64; abar_0 is 1
-    and abar falls."""
+    """Slide Noise schedule: abar at chosen t, from an independent computation in float64; abar_0 is
+    1 and abar falls."""
     linear, cosine = ddpm.make_abar("linear"), ddpm.make_abar("cosine")
     for abar in (linear, cosine):
         assert abar.dtype == torch.float64 and len(abar) == 1001
@@ -40,8 +40,8 @@ def test_schedules_are_those_of_diffusers():
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_closed_form_is_the_chain(schedule):
-    """Slide Noise schedule: t single steps x_t = sqrt(1 - beta) x + sqrt(beta) eps have the mean and
-    variance of the closed form."""
+    """Slide Noise schedule: t single steps x_t = sqrt(1 - beta) x + sqrt(beta) eps have the mean
+    and variance of the closed form."""
     abar = ddpm.make_abar(schedule).tolist()
     scale, var = 1.0, 0.0
     for t in range(1, 301):
@@ -56,8 +56,8 @@ def test_closed_form_is_the_chain(schedule):
 
 @pytest.mark.parametrize("t", [1, 500, 1000])
 def test_targets_convert_exactly(t):
-    """Slide Predicting images instead of noise: each target gives x_0 back, and an error in it is an
-    error in x_0 times SNR (eps), 1 (x0) or SNR + 1 (v)."""
+    """Slide Predicting images instead of noise: each target gives x_0 back, and a squared error in
+    it is one in x_0 times SNR (eps), 1 (x0) or SNR + 1 (v)."""
     g = torch.Generator().manual_seed(0)
     a_t = ddpm.make_abar("linear")[t].item()
     x0, eps, noise = torch.randn(3, 5, 7, generator=g, dtype=torch.float64)
@@ -116,7 +116,8 @@ def test_network_depends_on_time_and_class_after_training():
     matter."""
     torch.manual_seed(0)
     model, abar = tiny_unet(), ddpm.make_abar("linear").float()
-    x, y, t = torch.randn(4, 1, 8, 8), torch.tensor([0, 3, 7, 10]), torch.tensor([1, 300, 600, 1000])
+    x, y = torch.randn(4, 1, 8, 8), torch.tensor([0, 3, 7, 10])
+    t = torch.tensor([1, 300, 600, 1000])
     assert model(x, t, y).abs().max() == 0
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):  # the layers before a zero layer move from the second step on
@@ -151,9 +152,9 @@ def test_attention_sees_all_positions():
 @pytest.mark.parametrize("size", [(8, 8), (14, 10), (6, 26)])
 def test_any_size_goes_in_and_comes_out(size):
     """Odd sizes on the way down (7, 13) are met again on the way up."""
-    model = ddpm.UNet(3, 4, patch=2, width=16, mults=[1, 1, 1], blocks=1, attention=[2], dropout=0.0)
-    x = torch.randn(2, 3, *size)
-    assert model(x, torch.tensor([1, 9]), torch.tensor([0, 4])).shape == x.shape
+    model = tiny_unet(mults=[1, 1, 1], attention=[2])
+    x = torch.randn(2, 1, *size)
+    assert model(x, torch.tensor([1, 9]), torch.tensor([0, 10])).shape == x.shape
 
 
 # ---- 5. Samplers: exact, with the optimal model for Gaussian data --------------------------------
@@ -168,14 +169,14 @@ def gaussian_model(abar, mean, var):
     return model
 
 
-def options(sampler, steps, schedule="linear", **more):
-    return SimpleNamespace(**dict(sampler=sampler, sample_steps=steps, schedule=schedule, guidance=1,
-                                  predict="x0", classes=10) | more)
+def options(sampler, steps, predict="x0", guidance=1):
+    return SimpleNamespace(sampler=sampler, sample_steps=steps, schedule="linear", predict=predict,
+                           guidance=guidance, classes=10)
 
 
 def final_variance(monkeypatch, var, sampler, steps):
-    """The variance of the samples, exactly: with this model every step is linear in x and the noise,
-    so a batch whose rows get a unit of noise each, at one place of the chain, yields all
+    """The variance of the samples, exactly: with this model every step is linear in x and the
+    noise, so a batch whose rows get a unit of noise each, at one place of the chain, yields all
     coefficients. (The unit is 0.001, so that nothing is clipped.)"""
     calls = iter(range(steps))
 
@@ -189,7 +190,7 @@ def final_variance(monkeypatch, var, sampler, steps):
     x[0] = 1e-3
     y = torch.zeros(steps + 1, dtype=torch.long)
     model = gaussian_model(ddpm.make_abar("linear"), 0.0, var)
-    return ddpm.sample(model, y, x, options(sampler, steps)).square().sum().item() * 1e6
+    return ddpm.sample(model, x, y, options(sampler, steps)).square().sum().item() * 1e6
 
 
 @pytest.mark.parametrize("sampler, steps, expected", [
@@ -206,7 +207,8 @@ def test_sampler_variances(monkeypatch, sampler, steps, expected):
     Monte Carlo, as an independent computation gives them."""
     for var, value in zip((1.0, 0.25, 0.04), expected):
         digits = 4 if value < 0.02 else len(str(value).split(".")[1])
-        assert round(final_variance(monkeypatch, var, sampler, steps), digits) == pytest.approx(value)
+        found = final_variance(monkeypatch, var, sampler, steps)
+        assert round(found, digits) == pytest.approx(value)
 
 
 @pytest.mark.parametrize("sampler, bound", [("ddpm", 6e-6), ("ddim", 2e-3), ("dpm++", 2e-3)])
@@ -215,7 +217,7 @@ def test_sampler_means(monkeypatch, sampler, bound):
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     model = gaussian_model(ddpm.make_abar("linear"), 0.5, 0.25)
     x, y = torch.zeros(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.long)
-    assert ddpm.sample(model, y, x, options(sampler, 1000)).item() == pytest.approx(0.5, abs=bound)
+    assert ddpm.sample(model, x, y, options(sampler, 1000)).item() == pytest.approx(0.5, abs=bound)
 
 
 def test_ancestral_step_is_the_slide_and_the_posterior():
@@ -229,7 +231,7 @@ def test_ancestral_step_is_the_slide_and_the_posterior():
         slide = (xt - (1 - alpha) / math.sqrt(1 - a_t) * eps) / math.sqrt(alpha)
         x0 = ddpm.x0_of(eps, xt, a_t, "eps")
         assert ddpm.ddpm_step(xt, x0, a_t, a_s, 0.0) == pytest.approx(slide, rel=1e-9)
-        coef_0, coef_t = (ddpm.ddpm_step(x, x0, a_t, a_s, 0.0) for x, x0 in ((0.0, 1.0), (1.0, 0.0)))
+        coef_0, coef_t = (ddpm.ddpm_step(*pair, a_t, a_s, 0.0) for pair in ((0, 1), (1, 0)))
         assert coef_0 + coef_t * math.sqrt(a_t) == pytest.approx(math.sqrt(a_s), rel=1e-9)
         assert ddpm.ddpm_step(0.0, 0.0, a_t, a_s, 1.0) ** 2 == pytest.approx(beta, rel=1e-9)
         if t > 1:  # Bayes: precisions of x_t given x_s and of x_s given x_0 add up
@@ -238,13 +240,21 @@ def test_ancestral_step_is_the_slide_and_the_posterior():
             assert coef_0 == pytest.approx(math.sqrt(a_s) / (1 - a_s) / precision, rel=1e-9)
 
 
+def test_dpm_solver_begins_as_ddim():
+    """DPM-Solver++(2M) is a DDIM step where the estimate is the first, or has not changed."""
+    for a_t, a_s in ((1e-9, 0.01), (0.3, 0.31), (0.5, 1 - 1e-4), (0.9, 1.0)):
+        ddim = ddpm.ddim_step(0.7, -0.4, a_t, a_s)
+        for previous in ((None, None), (-0.4, 1e-10)):
+            assert ddpm.dpmpp_step(0.7, -0.4, a_t, a_s, *previous) == pytest.approx(ddim, rel=1e-9)
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
 @pytest.mark.parametrize("steps", [30, 7])
 def test_last_step_returns_the_estimate(sampler, steps):
     """No noise is added in the last step (the slide's z > 1 means t > 1): the sample is the model's
     last estimate of x_0."""
     model, y = lambda x, t, y: torch.full_like(x, 0.25), torch.zeros(4, dtype=torch.long)
-    out = ddpm.sample(model, y, torch.randn(4, 3), options(sampler, steps))
+    out = ddpm.sample(model, torch.randn(4, 3), y, options(sampler, steps))
     assert torch.allclose(out, torch.tensor(0.25))
 
 
@@ -255,11 +265,12 @@ def test_only_ancestral_sampling_draws():
         ends = []
         for seed in (0, 1):
             torch.manual_seed(seed)
-            ends.append(ddpm.sample(model, y, torch.ones(2, 2).double(), options(sampler, 10)))
+            ends.append(ddpm.sample(model, torch.ones(2, 2).double(), y, options(sampler, 10)))
         assert torch.equal(*ends) == same
 
 
-@pytest.mark.parametrize("steps, expected", [(1000, list(range(1000, 0, -1))), (4, [1000, 750, 500, 250])])
+@pytest.mark.parametrize("steps, expected", [
+    (1000, list(range(1000, 0, -1))), (4, [1000, 750, 500, 250])])
 def test_every_level_is_visited(steps, expected):
     """Sampling with T steps visits T..1; with fewer, T first and equal strides."""
     seen = []
@@ -268,18 +279,18 @@ def test_every_level_is_visited(steps, expected):
         seen.append(t.item())
         return x
 
-    ddpm.sample(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, 1), options("ddim", steps))
+    ddpm.sample(model, torch.zeros(1, 1), torch.zeros(1, dtype=torch.long), options("ddim", steps))
     assert seen == expected
 
 
 def test_clip_is_live():
-    """A wild output moves the estimate of x_0 to the border of [-1, 1], not beyond, and eps is derived
-    again from the clipped x_0: with the model's own eps the states would run away."""
+    """A wild output moves the estimate of x_0 to the border of [-1, 1], not beyond, and eps is
+    derived again from the clipped x_0: with the model's own eps the states would run away."""
     wild, y = lambda x, t, y: torch.full_like(x, 1e4), torch.zeros(2, dtype=torch.long)
     for sampler in ("ddpm", "ddim", "dpm++"):
         states, guesses = [], []
-        ddpm.sample(wild, y, torch.full((2, 3), 0.5), options(sampler, 50, predict="eps"),
-                    keep=lambda x, x0: (states.append(x), guesses.append(x0)))
+        ddpm.sample(wild, torch.full((2, 3), 0.5), y, options(sampler, 50, "eps"),
+                    on_step=lambda x, x0: (states.append(x), guesses.append(x0)))
         assert torch.stack(states).abs().max() < 6 and (torch.stack(guesses) == -1).all()
 
 
@@ -293,8 +304,8 @@ def test_guidance():
     x, y, t = torch.randn(3, 1, 8, 8), torch.tensor([1, 2, 3]), torch.full((3,), 1000)
     guess = {}
     for w in (0, 1, 3.0):
-        ddpm.sample(model, y, x, options("ddim", 1, guidance=w),
-                    keep=lambda xt, x0: guess.update({w: x0}))
+        ddpm.sample(model, x, y, options("ddim", 1, guidance=w),
+                    on_step=lambda xt, x0: guess.update({w: x0}))
     with torch.no_grad():
         cond, uncond = model(x, t, y), model(x, t, torch.full((3,), 10))
     assert torch.equal(guess[1], cond.clamp(-1, 1)) and torch.equal(guess[0], uncond.clamp(-1, 1))
@@ -303,14 +314,15 @@ def test_guidance():
 
 
 @pytest.mark.parametrize("sampler, scheduler", [
-    ("ddpm", diffusers.DDPMScheduler(1000, variance_type="fixed_large", timestep_spacing="trailing")),
+    ("ddpm", diffusers.DDPMScheduler(
+        1000, variance_type="fixed_large", timestep_spacing="trailing")),
     ("ddim", diffusers.DDIMScheduler(1000, set_alpha_to_one=True, timestep_spacing="trailing")),
     ("dpm++", diffusers.DPMSolverMultistepScheduler(
         1000, timestep_spacing="trailing", final_sigmas_type="zero", lower_order_final=False)),
 ])
 def test_whole_trajectories_agree_with_diffusers(monkeypatch, sampler, scheduler):
-    """The same noise and the same model, which answers eps: all states on the way, 20 steps of DDIM and
-    DPM-Solver++ and 1,000 of DDPM. Their level t is our t + 1; DDPM clips on both sides."""
+    """The same noise and the same model, which predicts eps: all states on the way, in 20 steps of
+    DDIM and DPM-Solver++ and 1,000 of DDPM. Their level t is our t + 1."""
     abar = ddpm.make_abar("linear")
     x0_model = gaussian_model(abar, 0.2, 0.3)
 
@@ -332,8 +344,8 @@ def test_whole_trajectories_agree_with_diffusers(monkeypatch, sampler, scheduler
     ours, draws = [], iter(noise)
     monkeypatch.setattr(torch, "randn_like", lambda x: next(draws))
     y = torch.zeros(2, dtype=torch.long)
-    last = ddpm.sample(model, y, start, options(sampler, steps, predict="eps"),
-                       keep=lambda x, x0: ours.append(x))
+    last = ddpm.sample(model, start, y, options(sampler, steps, "eps"),
+                       on_step=lambda x, x0: ours.append(x))
     assert torch.allclose(torch.stack([*ours, last]), torch.stack(theirs), atol=2e-3)
 
 
@@ -371,8 +383,8 @@ def test_training_draws_every_level_and_drops_labels_one_by_one(monkeypatch, tmp
 
 
 def test_ema_is_a_mean_over_the_last_tenth():
-    """After n steps the weight of step i is w_i = a_i (1 - a_{i+1}) ... (1 - a_n) with a_i = 10/(i +
-    10): the sum is 1, the mean age n/11, in float32; constant weights are met exactly."""
+    """After n steps the weight of step i is w_i = a_i (1 - a_{i+1}) ... (1 - a_n), where a_i is
+    10/(i + 10): the sum is 1, the mean age n/11. Constant weights are met exactly."""
     n = 500
     model, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     for step in range(1, n + 1):
@@ -391,11 +403,11 @@ def test_ema_is_a_mean_over_the_last_tenth():
 
 
 def test_noise_is_drawn_once(monkeypatch):
-    """Classes take turns; the noise that a step adds is not x_T again, nor that of the next batch."""
+    """Classes take turns; the noise of a step is not x_T again, nor that of another batch."""
     args = ddpm.parse_args(["--device", "cpu", "--sampler", "ddpm"])
     args.shape, args.classes, seen = [1, 4, 4], 3, []
 
-    def watch(model, y, x, args, keep):
+    def watch(model, x, y, args, on_step):
         seen.extend([x, torch.randn_like(x)])
         return x
 
@@ -413,16 +425,18 @@ def test_own_data(tmp_path):
     train, labels = ddpm.load_data(f"{tmp_path}/a.npz", "train", None)
     test, test_labels = ddpm.load_data(f"{tmp_path}/a.npz", "test", None)
     assert train.shape == (27, 3, 5, 7) and test.shape == (3, 3, 5, 7)
-    assert train[1, 2, 3, 4] == images[1, 3, 4, 2] and labels[1] == 1 and labels.dtype == torch.int64
+    assert train[1, 2, 3, 4] == images[1, 3, 4, 2]
+    assert labels[1] == 1 and labels.dtype == torch.int64
     assert (test[1].permute(1, 2, 0).numpy() == images[19]).all() and test_labels[1] == 19 % 3
     assert (ddpm.load_data(f"{tmp_path}/b.npz", "train", None)[1] == 0).all()
 
 
-def test_mnist_is_read(tmp_path):
+def test_mnist_is_read():
     """The number of images of each class, and the first labels, as published."""
     images, labels = ddpm.load_data("mnist", "train", ddpm.HERE / "data")
     assert images.shape == (60_000, 1, 28, 28) and labels[:5].tolist() == [5, 0, 4, 1, 9]
-    assert labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    published = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert labels.bincount().tolist() == published
     assert images.float().mean().item() / 255 == pytest.approx(0.1307, abs=1e-4)
 
 

@@ -51,19 +51,20 @@ def test_decoder_has_no_floor():
 
 
 def test_normal_kl():
-    """That of torch.distributions; and for |x| = 1 the linear schedule leaves 3e-5 bits/dim at T."""
+    """It is torch.distributions'; and for |x| = 1 the linear schedule leaves 3e-5 bits/dim at T."""
     N = torch.distributions.Normal
     oracle = torch.distributions.kl_divergence(N(f64(0.3), 0.2**0.5), N(f64(-1.0), 0.7**0.5))
-    assert ddpm_targets.normal_kl(f64(0.3), 0.2, f64(-1.0), 0.7).item() == pytest.approx(oracle.item())
+    found = ddpm_targets.normal_kl(f64(0.3), 0.2, f64(-1.0), 0.7)
+    assert found.item() == pytest.approx(oracle.item())
     a = ddpm.make_abar("linear")[-1].item()
     prior = ddpm_targets.normal_kl(f64(a**0.5), 1 - a, 0.0, 1.0).item() / math.log(2)
     assert prior == pytest.approx(3e-5, rel=0.1)
 
 
 def test_bound_approaches_the_entropy():
-    """Pixels with any distribution p over the 256 levels, and the exact E[x_0 | x_t]: the bound stays
-    above the entropy of p and falls to it like 1/T as the steps get shorter (the log SNR is evenly
-    spaced, from where the levels are certain to where they are lost)."""
+    """Pixels with any distribution p over the 256 levels, and the exact E[x_0 | x_t]: the bound
+    stays above the entropy of p and falls to it like 1/T as the steps get shorter (the log SNR is
+    evenly spaced, from where the levels are certain to where they are lost)."""
     g = torch.Generator().manual_seed(0)
     p = torch.rand(256, generator=g, dtype=torch.float64) ** 4
     p = p / p.sum()
@@ -103,7 +104,7 @@ def test_targets_in_miniature(tmp_path, monkeypatch):
         monkeypatch.setitem(ddpm.HPARAMS, name, (value, value, value, "small"))
     said = call(ddpm_targets, "--steps", 2, "--num", 20, cwd=tmp_path)
     for name in ("eps", "x0", "v"):
-        assert re.search(rf"\| {name} \| 2 \| 20.000, 0.500 \| 20.000, 0.500 \| [\d.]+ \+- ", said), said
+        assert f"| {name} | 2 | 20.000, 0.500 | 20.000, 0.500 | " in said
     assert (tmp_path / "out/ddpm_targets/targets.png").stat().st_size > 5000
 
 
@@ -133,7 +134,8 @@ def test_inpainting_keeps_the_known_half_exactly(tiny):
 def test_inpainting_in_miniature(tiny):
     said = call(inpaint, "--model", tiny, "--num", 20, "--answers", 1, cwd=tiny.parent)
     shares = [float(v) for v in re.findall(r"\| (\d\.\d+) of 20 \|", said)]
-    assert len(shares) == 3 and shares[0] > 0.9 and (tiny.parent / "out/inpaint/inpaint.png").exists()
+    assert len(shares) == 3 and shares[0] > 0.9
+    assert (tiny.parent / "out/inpaint/inpaint.png").exists()
 
 
 def test_export_halves_and_samples_the_same(tiny):

@@ -31,7 +31,7 @@ def imported(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
 def test_lessons_import_no_other(path):
-    """Standard library, torch, numpy, tqdm. fid.py may use Pillow, inside a function, if it is there."""
+    """Standard library, torch, numpy, tqdm. fid.py may use Pillow, inside a function."""
     for name, column in imported(path):
         if not (path.name == "fid.py" and name == "PIL" and column):
             assert name in sys.stdlib_module_names or name in ("torch", "numpy", "tqdm"), name
@@ -53,7 +53,8 @@ def commands():
     for text in TEXT.values():
         for block in re.findall(r"```(?:sh|bash)?\n(.*?)```", text, re.S):
             for line in block.splitlines():
-                if match := re.search(r"(?:python|torchrun\s.*?) (\S+\.py)(.*)", line.split("#")[0]):
+                line = line.split("#")[0]
+                if match := re.search(r"(?:python|torchrun\s.*?) (\S+\.py)(.*)", line):
                     yield match.group(1), match.group(2)
         yield from re.findall(r"`(?:python )?([\w/]+\.py)( [^`]*)`", text)
 
@@ -86,7 +87,7 @@ def test_links_and_pictures_exist():
 
 
 def test_checkpoints_are_small():
-    """pretrained/ holds at most one checkpoint per file, at most 4 MB, with half-precision weights."""
+    """pretrained/ holds at most one checkpoint per file, of at most 4 MB, in half precision."""
     for path in (ROOT / "pretrained").iterdir():
         assert path.suffix == ".pt" and ROOT / f"{path.stem}.py" in FILES
         assert path.stat().st_size <= 4_000_000
@@ -98,13 +99,13 @@ def test_checkpoints_are_small():
 def test_one_file_alone(tmp_path):
     """Each file, copied alone to an empty folder without data and network, says in one line what to
     get and where to put it. (All seven at a time: they wait for torch.)"""
-    runs = {}
+    runs, env = {}, {**os.environ, "https_proxy": "http://127.0.0.1:9"}
     for path in FILES:
         (tmp_path / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
         data = ["--data", "moving-mnist"] if path.stem == "video_diffusion" else []
         runs[path.name] = subprocess.Popen(
             [sys.executable, path.name, "--train", *data], cwd=tmp_path, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, env={**os.environ, "https_proxy": "http://127.0.0.1:9"})
+            stderr=subprocess.PIPE, text=True, env=env)
     for name, process in runs.items():
         message = process.communicate(timeout=300)[1]
         assert process.returncode == 2 and message.count("\n") == 1, (name, message)
