@@ -112,8 +112,9 @@ def main(argv=None):
                        path.parent.name])
     test, test_labels = ddpm.load_data("mnist", "test", ROOT / "data")
     score = load_judge()
-    figure, rows = plt.subplots(len(models) + 1, height_ratios=[1] * len(models) + [4],
-                                figsize=(8, 4 + len(models)), layout="constrained")
+    heights = [0.8] * len(models) + [3]
+    figure, rows = plt.subplots(len(heights), height_ratios=heights, figsize=(8, sum(heights)),
+                                layout="constrained")
     print("| target | steps | w = 1: FD, accuracy | w = 1.5: FD, accuracy | bits/dim | L_T | L_0 |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for path, row in zip(models, rows):
@@ -125,14 +126,16 @@ def main(argv=None):
         for args.guidance in (1.0, 1.5):
             images, labels = ddpm.generate(args, model, a.num)
             cells.append("{:.3f}, {:.3f}".format(*score(images, labels)))
-        row.imshow(ddpm.grid(images[:20], 20))
+        row.imshow(ddpm.grid(images[:10], 10))
         row.set_ylabel(args.predict)
         row.set(xticks=[], yticks=[])
         terms, error = bound(model, args, test, test_labels)
         rows[-1].loglog(range(1, ddpm.T + 1), terms[1:], label=args.predict)
         print(f"| {args.predict} | {ckpt['step']:,} | {cells[0]} | {cells[1]} | {terms.sum():.3f} "
               f"+- {error:.3f} | {terms[0]:.5f} | {terms[1]:.3f} |", flush=True)
-    floor = score(test[:a.num], test_labels[:a.num])
+    index = [(test_labels == c).nonzero()[:, 0] for c in range(10)]
+    index = torch.cat([i[torch.linspace(0, len(i) - 1, a.num // 10).long()] for i in index])
+    floor = score(test[index], test_labels[index])  # as many of each class as there are samples
     print("| real test digits | | | {:.3f}, {:.3f} | 8 (uniform) | | |".format(*floor))
     rows[-1].set(xlabel="t", ylabel="$L_{t-1}$ in bits/dim")
     rows[-1].legend()

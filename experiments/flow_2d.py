@@ -85,7 +85,7 @@ def draw(path, samples, data, model, args, file):
     paths, samples, data."""
     figure, axes = plt.subplots(2, 4, figsize=(16, 8), layout="constrained")
     mesh = torch.cartesian_prod(*[torch.linspace(-1.6, 1.6, 17)] * 2)  # (289, 2)
-    for ax, share in zip(axes[0], (0, 0.5, 0.8, 0.95)):
+    for ax, share in zip(axes[0], (0.1, 0.5, 0.8, 0.95)):
         i = int(share * args.sample_steps)
         t, s = (round(ddpm.T * (1 - k / args.sample_steps)) for k in (i, i + 1))
         f = field_at(model, mesh, t, s, args)
