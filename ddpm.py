@@ -313,7 +313,7 @@ def train(args, ckpt=None):
     args.classes = int(labels.max()) + 1
     torch.manual_seed(args.seed)
     model = build(args)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    ema = copy.deepcopy(model).requires_grad_(False).eval()  # averaged weights: better samples
     opt = torch.optim.Adam(model.parameters(), args.lr, (0.9, 0.99), fused=True)
     start = 0
     if ckpt:
@@ -343,7 +343,7 @@ def train(args, ckpt=None):
         x0 = to_float(images[index])
         x0 = torch.where((mirror < args.flip)[:, None, None, None], x0.flip(3), x0)
         y = labels[index].masked_fill(drop < 0.1, args.classes)  # 10 % "none", which guidance needs
-        for group in opt.param_groups:
+        for group in opt.param_groups:  # warm up for 100 steps, then down to almost 0
             group["lr"] = args.lr * min(1, step / 100) * (1 - (step - 1) / args.steps) ** 0.5
         with autocast(args):
             loss = diffusion_loss(net, x0, y, t, eps, abar, args.predict)
