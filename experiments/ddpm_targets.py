@@ -84,15 +84,15 @@ def bound(model, args, images, labels, n=64):
 def load_judge():
     """score(images, labels): the Frechet distance to MNIST's training set in the features of
     fid.py's classifier, and the share of images that the classifier reads as their labels."""
-    args = fid.parse_args(["mnist:train", "samples", "--classes"])
-    fid.use_device(args)
-    extract, _, tag = fid.extractor(args, fid.read_checkpoint(ROOT / "pretrained/fid.pt"))
-    real = fid.features_of("mnist:train", extract, tag, args)
+    args = fid.parse_args(["--out", str(ROOT)])  # where there is no model.pt: the pretrained one
+    f, _ = fid.choose_features(args)
+    images, labels = ddpm.load_data("mnist", "train", ROOT / "data")
+    real = fid.summarise(f, images, labels, args, "mnist:train")
 
     def score(images, labels):
-        features, logits = extract(images)
-        accuracy = (logits.argmax(1) == labels).float().mean().item()
-        return fid.frechet_distance(real.mu, real.S, *fid.gaussian(features)), accuracy
+        fake = fid.summarise(f, images, labels, args, "samples")
+        accuracy = (fake["logits"].argmax(1) == labels).float().mean().item()
+        return fid.frechet_distance(real["mu"], real["S"], fake["mu"], fake["S"]), accuracy
 
     return score
 

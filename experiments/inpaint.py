@@ -47,10 +47,9 @@ def inpaint(model, known, mask, args, steps=100, rounds=4):
 
 def load_reader():
     """read(images): the classes (N,) that fid.py's classifier sees in images (N, C, H, W) uint8."""
-    args = fid.parse_args([])
-    fid.use_device(args)
-    extract, _, _ = fid.extractor(args, fid.read_checkpoint(ROOT / "pretrained/fid.pt"))
-    return lambda images: extract(images)[1].argmax(1)
+    args = fid.parse_args(["--out", str(ROOT)])  # where there is no model.pt: the pretrained one
+    f, _ = fid.choose_features(args)
+    return lambda images: fid.summarise(f, images, None, args, "images")["logits"].argmax(1)
 
 
 def main(argv=None):

@@ -9,7 +9,6 @@ import argparse
 import atexit
 import contextlib
 import io
-import json
 import math
 import os
 import pickle
@@ -33,13 +32,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import dalle_mini  # noqa: E402
-import fid  # noqa: E402
 import latent_diffusion  # noqa: E402
 import pixelcnn  # noqa: E402
 import video_diffusion  # noqa: E402
 import vqvae  # noqa: E402
 
-FILES = [pixelcnn, vqvae, dalle_mini, latent_diffusion, video_diffusion, fid]
+FILES = [pixelcnn, vqvae, dalle_mini, latent_diffusion, video_diffusion]
 LONG = "--steps 100000 --every 1 --batch-size 4 --device cpu --data "
 FLAGS = {  # a small network each, which writes a checkpoint every step
     "pixelcnn": LONG + "own.npz --width 8 --dilations 1 --hidden 8 --levels 4",
@@ -50,7 +48,6 @@ FLAGS = {  # a small network each, which writes a checkpoint every step
     "latent_diffusion": LONG + "own.npz --width 16 --codebook-size 6 --channels 32 32 --heads 2 "
     "--text-width 32 --text-layers 1 --side-width 32",
     "video_diffusion": LONG + "own.npz --stage video --frames 2 --patch 2 --width 8 --mults 1",
-    "fid": LONG + "own.npz --width 4",
 }
 
 
@@ -231,7 +228,6 @@ def loaders(folder):
     pose = np.tile(np.eye(3, 4, dtype=np.float32), (8, 1, 1))
     pose[:, 2, 3] = 3
     path = bytes_of(np.savez, K=np.eye(3, dtype=np.float32), pose=pose)
-    fid_args = SimpleNamespace(data_dir=folder, data="mnist", out=folder)
     enclosed = ROOT / "pretrained/pixelcnn.pt"
     ckpt = enclosed.read_bytes()
     network = pixelcnn.make_model(pixelcnn.parse_args(
@@ -240,13 +236,9 @@ def loaders(folder):
     def checkpoint(p):
         pixelcnn.load_state(network, pixelcnn.read_checkpoint(p), "ema")
 
-    votes = [dict(A="a.npz", B="b.npz", digest="0" * 32, seed=0, num=8, repeats=0.25)]
-    votes += [dict(trial=i, pair=i, left="AB"[i % 2], repeat=False, vote=("A", "B", "tie")[i % 3],
-                   seconds=1.5) for i in range(8)]
-    votes = "".join(json.dumps(v) + "\n" for v in votes).encode()
     labels_gz = (ROOT / "data/mnist/t10k-labels-idx1-ubyte.gz").read_bytes()
     (folder / "mnist").mkdir(exist_ok=True)
-    fid.save_png(folder / "x.png", x[:1])
+    pixelcnn.save_png(folder / "x.png", x[:1])
     png = (folder / "x.png").read_bytes()
     zipped, png_ways = [mutate, mutate_zip, mutate_zip], [mutate, mutate_png, mutate_png]
     return {
@@ -254,23 +246,16 @@ def loaders(folder):
             SimpleNamespace(data="mnist", data_dir=folder), p.name)),
         "npz of images": ("x.npz", images, zipped, lambda p: pixelcnn.own_data(str(p))),
         "npy of images": ("x.npy", bytes_of(np.save, x), [mutate], lambda p: pixelcnn.own_data(str(p))),
-        "npz for fid.py": ("x.npz", images, zipped, lambda p: list(fid.read_set(str(p), fid_args))),
-        "npy for fid.py": ("x.npy", bytes_of(np.save, x), [mutate],
-                           lambda p: list(fid.read_set(str(p), fid_args))),
         "npz of pairs": ("x.npz", images, zipped, lambda p: dalle_mini.load_pairs(
             SimpleNamespace(data=str(p), device="cpu"), "train")),
-        "npz to vote on": ("x.npz", images, zipped, lambda p: fid.read_pairs(
-            SimpleNamespace(vote=[str(p), str(p)], **vars(fid_args)))),
         "npz of clips": ("x.npz", bytes_of(np.savez, clips=x.reshape(2, 6, 16, 16, 3)), zipped,
                          lambda p: video_diffusion.OwnClips(
                              SimpleNamespace(data=str(p), frames=4, device="cpu"), "train")),
         "npz of cameras": ("x.npz", path, zipped, video_diffusion.read_path),
-        "png": ("x.png", png, png_ways, fid.read_image),
         "png for a prompt": ("x.png", png, png_ways, lambda p: latent_diffusion.image_file(
             SimpleNamespace(shape=[3, 16, 16], device="cpu"), "--init", p)),
         "checkpoint": ("x.pt", ckpt, [mutate], checkpoint),
         "codes": ("x.vq", *codes_of(folder)),
-        "votes": ("x.jsonl", votes, [mutate], lambda p: fid.tally(SimpleNamespace(tally=[p]))),
     }
 
 

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import dalle_mini
 import ddpm
 import fid
 import latent_diffusion
 import pixelcnn
 import vqvae
+from fid_bias import frechet_bias
 
 torch.set_num_threads(2)
 
@@ -47,11 +48,10 @@ def timed(draw, n):
 
 
 def digits(n=1000):
-    args = fid.parse_args(["mnist:train", "samples", "--classes", "--device", "cpu"])
-    fid.use_device(args)
-    f, _, tag = fid.extractor(args, fid.read_checkpoint(ROOT / "pretrained/fid.pt"))
-    real = fid.features_of("mnist:train", f, tag, args)
-    print("| digits | FD | less its bias | read as asked | parameters | s per 100 |\n"
+    args = fid.parse_args(["mnist:train", "samples", "--device", "cpu"])
+    f, _ = fid.choose_features(args)
+    real = fid.read_set("mnist:train", f, args)
+    print("| digits | FD | at infinite N | accuracy | parameters | s per 100 |\n"
           "| --- | --- | --- | --- | --- | --- |")
     for module, build, key, draw in (
             (pixelcnn, pixelcnn.make_model, "ema", pixelcnn.draw_images),
@@ -67,14 +67,14 @@ def digits(n=1000):
             a, model = ready(module, build, key)
             y = module.class_labels(a, n)
             x, seconds = timed(lambda: draw(a, model, y), n)
-        fake = fid.summarise(zip(x.split(500), y.split(500)), f, args, module.NAME, 1)
-        row(f"`{module.NAME}.py`", fid.measures(real, fake, args), cost(model, seconds))
+        fake = fid.summarise(f, x, y, args, module.NAME)
+        row(f"`{module.NAME}.py`", fid.measures(real, fake), cost(model, seconds))
     floor = fid.floor_of(real, fake, f, args)
-    row("test digits", fid.measures(real, floor[1], args))
+    row("test digits", fid.measures(real, floor[1]))
 
 
 def row(name, m, tail="|"):
-    print(f"| {name} | {m['fd']:.4f} | {m['less']:.4f} | {m['accuracy']:.3f} | {tail} |", flush=True)
+    print(f"| {name} | {m['distance']:.4f} | {m['  at infinite N']:.4f} | {m['accuracy']:.3f} | {tail} |", flush=True)
 
 
 def cost(net, seconds):
@@ -115,7 +115,7 @@ def scenes(n=2000, flux=None):
     def line(name, x, facts, tail="|"):
         m, T = gaussian(x)
         fd = fid.frechet_distance(mu, S, m, T)
-        less = fd - fid.frechet_bias(S, T, 20_000, n)
+        less = fd - frechet_bias(S, T, 20_000, n)
         right = float(dm.accuracy(checker, x, torch.from_numpy(facts))[3].mean())
         print(f"| {name} | {fd:.1f} | {less:.1f} | {right:.3f} | {tail} |", flush=True)
 

@@ -1,5 +1,6 @@
 """The experiments: their mathematics against oracles, and each once as a program, in miniature."""
 
+import json
 import math
 import re
 import sys
@@ -15,9 +16,13 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import ddpm
 import ddpm_targets
 import export
+import fid
+import fid_bias
 import flow_2d
+import human_eval
 import inpaint
 from test_ddpm import f64, gaussian_model
+from test_fid import power
 
 TINY = "--width 16 --mults 1 1 --batch-size 8 --sample-steps 3 --steps 2 --device cpu".split()
 
@@ -149,3 +154,123 @@ def test_export_halves_and_samples_the_same(tiny):
     call(ddpm, "--sample", "--num", 10, "--out", small.parent, cwd=tiny.parent)
     a, b = (np.load(tiny.parent / f / "samples.npz")["arr_0"].astype(int) for f in (".", "small"))
     assert abs(a - b).mean() < 2
+
+
+# ---- fid_bias.py ---------------------------------------------------------------------------------
+
+
+def fd(X, Y):
+    return fid.frechet_distance(*fid.gaussian(X), *fid.gaussian(Y))
+
+
+def test_bias_of_unit_covariances():
+    """For S = I: 2 D/N + D (D + 1)/(2 (N - 1))."""
+    eye, by_hand = torch.eye(16).double(), 32 / 200 + 16 * 17 / 2 / 199
+    assert fid_bias.frechet_bias(eye, eye, 200, 200) == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("second", ["same", "other"])
+def test_bias_is_what_sampling_shows(second):
+    """Mean distance of 500 pairs of samples less the true one is the closed form to 6 %, for equal
+    and for different covariances."""
+    D, n1, n2, zero, eye = 8, 200, 300, torch.zeros(8), torch.eye(8)
+    A = torch.diag(1 / torch.arange(1.0, D + 1)).double()
+    B = A if second == "same" else A.flip(0, 1)
+    S1, S2 = A.T @ A, B.T @ B
+    inverse = torch.linalg.inv(A)
+    T = inverse @ power(A @ S2 @ A, 0.5) @ inverse  # T S1 T = S2
+    g, draws = torch.Generator().manual_seed(0), []
+    for _ in range(500):
+        X = torch.randn(n1, D, generator=g, dtype=torch.float64) @ A
+        Y = torch.randn(n2, D, generator=g, dtype=torch.float64) @ B
+        # the derivatives are I - T and I - T^-1: without these terms, of mean zero, less noise
+        linear = ((eye - T) @ (torch.cov(X.T) - S1)).trace()
+        linear += ((eye - torch.linalg.inv(T)) @ (torch.cov(Y.T) - S2)).trace()
+        draws.append(fd(X, Y) - float(linear))
+    bias = np.mean(draws) - fid.frechet_distance(zero, S1, zero, S2)
+    assert np.std(draws) / 500**0.5 < 0.025 * bias
+    assert bias == pytest.approx(fid_bias.frechet_bias(S1, S2, n1, n2), rel=0.06)
+    if second == "other":  # and it is not the bias of equal covariances
+        assert abs(bias / fid_bias.frechet_bias(S1, S1, n1, n2) - 1) > 0.1
+
+
+def test_bias_of_fixed_classes():
+    """Classes in fixed numbers leave less to chance: the mean distance of 300 such samples of a
+    mixture to the whole is the closed form with the class means taken out, not the one without."""
+    g = torch.Generator().manual_seed(0)
+    D, K, n = 6, 5, 40
+    centers = 3 * torch.randn(K, D, generator=g).double()
+    A = torch.randn(D, D, generator=g).double()
+    y = torch.arange(K).repeat_interleave(n)
+    between = torch.cov(centers.T, correction=0)
+    S, draws = between + A.T @ A, []
+    for _ in range(300):
+        X = centers[y] + torch.randn(K * n, D, generator=g, dtype=torch.float64) @ A
+        draws.append(fid.frechet_distance(centers.mean(0), S, *fid.gaussian(X)))
+    bias = np.mean(draws)
+    assert np.std(draws) / 300**0.5 < 0.03 * bias
+    assert bias == pytest.approx(fid_bias.frechet_bias(S, S, 10**9, K * n, between), rel=0.1)
+    assert fid_bias.frechet_bias(S, S, 10**9, K * n) > 1.4 * bias
+
+
+def test_bias_in_miniature(tmp_path, monkeypatch):
+    """The tables and the plot, with few images and pixel sums as features."""
+    digits = ddpm.load_data("mnist", "test", ROOT / "data")
+    monkeypatch.setattr(fid, "load_data", lambda *a: tuple(x[:600] for x in digits))
+    monkeypatch.setattr(fid, "choose_features", lambda args: (
+        lambda x: (x.float().mean(2)[:, 0, 10:18] / 255, None), "FD (columns)"))
+    said = call(fid_bias, "--runs", 2, "--num", 400, cwd=tmp_path)
+    assert "FD (columns)" in said and (tmp_path / "out/fid_bias/bias.png").exists()
+
+
+# ---- human_eval.py -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page(tmp_path):
+    """A page on 20 pairs of images; those of A are all black, those of B all white."""
+    for name, value in (("a", 0), ("b", 255)):
+        np.savez(tmp_path / f"{name}.npz", np.full((30, 4, 4, 1), value, np.uint8),
+                 labels=np.arange(30) % 3)
+    call(human_eval, "a.npz", "b.npz", "--num", 20, cwd=tmp_path)
+    folder = tmp_path / "out/human_eval"
+    text, key = (folder / "vote.html").read_text(), json.loads((folder / "key.json").read_text())
+    return tmp_path, json.loads(re.search(r"const study = (.*), key = ", text)[1]), key
+
+
+def test_page_is_blind_and_right(page):
+    """Every trial shows one image of A and one of B, on the sides that the key says, about half of
+    the time A on the left; the page does not name them. Two pairs come again, sides swapped."""
+    _, study, key = page
+    black = human_eval.png_of(torch.zeros(1, 4, 4, dtype=torch.uint8))
+    assert len(study["trials"]) == len(key["trials"]) == 22 and "a.npz" not in json.dumps(study)
+    for (left, right, caption), (pair, a_left, _) in zip(study["trials"], key["trials"]):
+        assert (study["images"][left] == black) == a_left == (study["images"][right] != black)
+        assert caption == f"class {pair % 3}"
+    sides = {pair: a_left for pair, a_left, repeat in key["trials"] if not repeat}
+    again = [(pair, a_left) for pair, a_left, repeat in key["trials"] if repeat]
+    assert 4 < sum(sides.values()) < 16 and len(again) == 2
+    assert all(sides[pair] != a_left for pair, a_left in again)
+
+
+def test_tally(page):
+    """A rater who prefers A except in three pairs and is undecided in two; a second rater turns a
+    tie; votes of another page, or that are no votes, are refused."""
+    folder, study, key = page
+    trials = key["trials"]
+    side = lambda a_left, a_wins: "left" if a_left == a_wins else "right"
+    votes = [side(a_left, True) for _, a_left, _ in trials]
+    for i in (0, 1, 2):
+        votes[i] = side(trials[i][1], False)
+    votes[3] = votes[4] = "tie"
+    one = dict(id=key["id"], votes=votes)
+    lost_again = sum(pair in [t[0] for t in trials[:5]] for pair, _, repeat in trials if repeat)
+    assert human_eval.tally(key, [one]) == ((15, 2, 3), (2 - lost_again, 2))
+    two = dict(id=key["id"], votes=[side(a, True) for _, a, _ in trials[:4]])
+    assert human_eval.tally(key, [one, two])[0] == (16, 4, 0)
+    (folder / "votes.json").write_text(json.dumps(one))
+    said = call(human_eval, "--tally", "votes.json", cwd=folder)
+    assert "| 75.0% | 10.0% | 15.0% | 83.3% |" in said
+    for wrong in (dict(one, id="x"), dict(one, votes=["up"])):
+        with pytest.raises(ValueError):
+            human_eval.tally(key, [wrong])

@@ -18,9 +18,8 @@ def loaders(tmp_path_factory):
     return folder, bench_faults.loaders(folder)
 
 
-KINDS = ["idx", "npz of images", "npy of images", "npz for fid.py", "npy for fid.py", "npz of pairs",
-         "npz to vote on", "npz of clips", "npz of cameras", "png", "png for a prompt", "checkpoint",
-         "codes", "votes"]
+KINDS = ["idx", "npz of images", "npy of images", "npz of pairs", "npz of clips", "npz of cameras",
+         "png for a prompt", "checkpoint", "codes"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
