@@ -30,7 +30,6 @@ import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -325,49 +324,37 @@ def train(args, ckpt=None):
         if step % args.every == 0 or step == args.steps:
             save_checkpoint(args, step, model=model.state_dict(), optimizer=opt.state_dict())
     images, labels = load_data(args.data, "test", args.data_dir)
-    logits = summarise(ours(args, model), images, None, args, "test")["logits"]
-    say(f"accuracy on {args.data}:test: {(logits.argmax(1) == labels).float().mean():.4f}")
+    found = summarise(lambda x: model.eval()(to_float(x)), images, labels, args, "test")
+    say(f"accuracy on {args.data}:test: {accuracy(found):.4f}")
 
 
 # ---- 5. Features f(I) ----------------------------------------------------------------------------
-# A function of images (B, C, H, W) uint8: features (B, D), and logits (B, classes) or None.
-
-
-def ours(args, model):
-    """f of our classifier."""
-    model.eval()
-    C, H, W = args.shape
-
-    def f(x):
-        if x.shape[1] == 3 > C and (x == x[:, :1]).all():  # grey, saved as RGB
-            x = x[:, :1]
-        if list(x.shape[1:]) != args.shape:
-            raise ValueError(f"images of shape {list(x.shape[1:])}, but the classifier was trained "
-                             f"on {args.shape}: use --features inception, or --train one on such")
-        return model(to_float(x))
-
-    return f
 
 
 def choose_features(args):
-    """f, as --features asks, and the name of the distance in its space."""
+    """f, and the name of the distance in its space. f is a function of images (B, C, H, W) uint8:
+    features (B, D), and logits (B, classes) or None."""
     if args.features == "pixels":
         return lambda x: (x.flatten(1) / 255, None), "FD (pixels)"
     if args.features == "inception":
-        model = load_inception().to(args.device, memory_format=torch.channels_last)
-
-        def f(x):
-            x = resize_tf1(x.expand(-1, 3, -1, -1).float(), 299)
-            return model((x - 128) / 128), None
-
-        return f, "FID"
+        net = load_inception().to(args.device, memory_format=torch.channels_last)
+        rgb = lambda x: x.expand(-1, 3, -1, -1).float()
+        return lambda x: (net((resize_tf1(rgb(x), 299) - 128) / 128), None), "FID"
     path = args.out / "model.pt"
     ckpt = load_checkpoint(path if path.exists() else HERE / "pretrained" / f"{NAME}.pt")
-    config = parse_args([], ckpt["config"])
-    config.device = args.device
-    model = build(config)
+    shape = ckpt["config"]["shape"]
+    model = build(parse_args(["--device", args.device], ckpt["config"])).eval()
     model.load_state_dict(ckpt["model"])
-    return ours(config, model), "FD (our features)"
+
+    def f(x):
+        if x.shape[1] == 3 > shape[0] and (x == x[:, :1]).all():  # grey, saved as RGB
+            x = x[:, :1]
+        if list(x.shape[1:]) != shape:
+            raise ValueError(f"images of shape {list(x.shape[1:])}, but the classifier was trained "
+                             f"on {shape}: use --features inception, or --train one on such images")
+        return model(to_float(x))
+
+    return f, "FD (our features)"
 
 
 @torch.no_grad()
@@ -403,8 +390,7 @@ def read_images(spec, data_dir):
             raise ValueError("a folder of images needs Pillow: pip install pillow") from None
         kinds = (".png", ".jpg", ".jpeg")
         paths = sorted(p for p in Path(source).rglob("*") if p.suffix.lower() in kinds)
-        images = np.stack([np.asarray(Image.open(p).convert("RGB")) for p in paths[rows]])
-        rows = slice(None)
+        images = np.stack([np.asarray(Image.open(p).convert("RGB")) for p in paths])
     elif source.endswith(".npz"):
         file = np.load(source)
         images, labels = file["arr_0" if "arr_0" in file else "images"], file.get("labels")
@@ -414,6 +400,8 @@ def read_images(spec, data_dir):
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise ValueError(f"found {images.dtype} {images.shape}, expected uint8 (N, H, W, 1 or 3)")
     if labels is not None:
+        if len(labels) != len(images):
+            raise ValueError(f"{len(images)} images, but {len(labels)} labels")
         labels = torch.from_numpy(labels.astype(np.int64))[rows]
     return torch.from_numpy(images[rows].transpose(0, 3, 1, 2).copy()), labels
 
@@ -423,39 +411,38 @@ def read_set(spec, f, args):
     --save-stats or pytorch-fid. ValueError if there is no such set."""
     try:
         if spec.endswith(".npz"):
-            with np.load(spec) as file:
-                if "mu" in file and "sigma" in file:
-                    mu, S = file["mu"], file["sigma"]
-                    if not np.isfinite(mu).all() or not np.isfinite(S).all():
-                        raise ValueError("mu or sigma is not finite")
-                    return dict(n=None, X=None, mu=mu, S=S, logits=None, labels=None)
-        return summarise(f, *read_images(spec, args.data_dir), args, spec)
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+            file = np.load(spec)
+            if "mu" in file and "sigma" in file:
+                if not (np.isfinite(file["mu"]).all() and np.isfinite(file["sigma"]).all()):
+                    raise ValueError("mu or sigma is not finite")
+                return dict(n=0, X=None, mu=file["mu"], S=file["sigma"], logits=None, labels=None)
+        images, labels = read_images(spec, args.data_dir)
+    except Exception as e:  # damaged files raise many types
         raise ValueError(f"{spec}: {e}") from None
+    return summarise(f, images, labels, args, spec)
 
 
 # ---- 7. The report -------------------------------------------------------------------------------
 
 
-def shuffled(n):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(0))
+def accuracy(found):
+    """Share of a set's images that the classifier reads as their labels."""
+    return float((found["logits"].argmax(1) == found["labels"]).float().mean())
 
 
 def measures(real, fake):
     """Every number of the report, by name; those that need more images are left out."""
     found = {"distance": frechet_distance(real["mu"], real["S"], fake["mu"], fake["S"])}
-    D, n = len(fake["mu"]), fake["n"] or 0
-    if n > 4 * D:
+    if fake["n"] > 4 * len(fake["mu"]):
         y = fake["labels"]
-        order = shuffled(n) if y is None else y.argsort(stable=True)
+        order = torch.randperm(fake["n"]) if y is None else y.argsort(stable=True)
         found["  at infinite N"] = distance_at_infinity(real["mu"], real["S"], fake["X"][order])
-    if real["X"] is not None and fake["X"] is not None:
-        X, Y = (s["X"][shuffled(s["n"])[:10_000]] for s in (real, fake))
+    if real["n"] and fake["n"]:
+        X, Y = (s["X"][torch.randperm(s["n"])[:10_000]] for s in (real, fake))
         found["KID x 1000"] = 1000 * kid(X, Y)
         found["precision"], found["recall"] = precision_recall(X, Y)
     if fake["logits"] is not None and fake["labels"] is not None:
-        right = fake["logits"].argmax(1) == fake["labels"]
-        found["accuracy"] = float(right.float().mean())
+        found["accuracy"] = accuracy(fake)
     return found
 
 
@@ -463,27 +450,30 @@ def floor_of(real, fake, f, args):
     """Real images in the samples' place, as many of each class: the other split of a data set, or
     one part of REAL against the rest. Returns a reference and a set, or None."""
     name, _, split = args.sets[0].partition(":")
-    if name in URLS and split in ("train", "test"):
-        other = {"train": "test", "test": "train"}[split]
+    other = {"train": "test", "test": "train"}.get(split)
+    if name in URLS and other and not args.sets[1].startswith(f"{name}:"):
         images, labels = load_data(name, other, args.data_dir)
-        index = shuffled(len(images))
+        index = torch.randperm(len(images))
         if fake["labels"] is not None:
-            counts = fake["labels"].bincount(minlength=10)
+            counts = fake["labels"].bincount()
             index = torch.cat([index[labels[index] == c][:n] for c, n in enumerate(counts)])
-        index = index[:fake["n"]]
+        index = index[:fake["n"] or None]
         return real, summarise(f, images[index], labels[index], args, f"{name}:{other}")
-    if real["X"] is None:
+    if not real["n"]:
         return None
-    n = min(fake["n"] or real["n"], real["n"] // 2)
-    parts = real["X"][n:], real["X"][:n]
-    return [dict(real, n=len(X), X=X, **dict(zip(("mu", "S"), gaussian(X))), labels=None)
-            for X in parts]
+    n, index = min(fake["n"] or real["n"], real["n"] // 2), torch.randperm(real["n"])
+    return [dict(n=len(X), X=X, mu=gaussian(X)[0], S=gaussian(X)[1], logits=None, labels=None)
+            for X in (real["X"][index[n:]], real["X"][index[:n]])]
 
 
 def report(args):
-    """Compare two sets, and print every number beside its floor."""
+    """Compare two sets, and print every number beside its floor; or save mu and sigma of one."""
     f, title = choose_features(args)
-    real, fake = (read_set(spec, f, args) for spec in args.sets)
+    torch.manual_seed(args.seed)
+    real, *fake = (read_set(spec, f, args) for spec in args.sets)
+    if args.save_stats:  # as pytorch-fid reads and writes it
+        return np.savez(args.save_stats, mu=real["mu"], sigma=real["S"])
+    fake = fake[0]
     columns = {"samples": measures(real, fake)}
     if floor := floor_of(real, fake, f, args):
         columns[f"floor: {floor[1]['n']:,} real images"] = measures(*floor)
@@ -492,18 +482,9 @@ def report(args):
         cells = [f"{column[row]:.4f}" if row in column else "-" for column in columns.values()]
         name = title if row == "distance" else row
         say(f"{name:20}" + "".join(f"{cell:<20}" for cell in cells))
-    D = len(fake["mu"])
-    if fake["n"] and fake["n"] <= D:
-        say(f"{fake['n']:,} samples for {D:,} features: the covariance is singular, and the "
-            "distance far too large. Take more samples.")
-
-
-def save_stats(args):
-    """mu and sigma of one set, in an .npz that pytorch-fid reads too."""
-    f, _ = choose_features(args)
-    found = read_set(args.sets[0], f, args)
-    np.savez(args.save_stats, mu=found["mu"].numpy(), sigma=found["S"].numpy())
-    say(f"{args.save_stats}: mean and covariance of {len(found['mu'])} features")
+    if 0 < fake["n"] <= len(fake["mu"]):
+        say(f"{fake['n']:,} samples for {len(fake['mu']):,} features: the covariance is singular, "
+            "and the distance far too large. Take more samples.")
 
 
 # ---- 8. Votes (slide Human Evaluation) -----------------------------------------------------------
@@ -723,9 +704,7 @@ def main(argv=None):
             train(args, ckpt)
         elif args.sweep:
             sweep(args)
-        elif args.save_stats and len(args.sets) == 1:
-            save_stats(args)
-        elif len(args.sets) == 2:
+        elif len(args.sets) == (1 if args.save_stats else 2):
             report(args)
         else:
             parse_args(["--help"])
