@@ -61,22 +61,23 @@ def gaussian(X):
 
 
 def root(S):
-    """A (D, r) with A A^T = S, for a covariance S (D, D) of rank r. ValueError if S is none."""
+    """A (D, r) with A A^T = S (D, D), of rank r. ValueError if S is not a covariance matrix."""
     A, failed = torch.linalg.cholesky_ex(S)
     if not failed and A.diagonal().min() > 1e-6 * A.diagonal().max():
         return A  # full rank: several times as fast as eigenvalues
     lam, V = torch.linalg.eigh(S)  # ascending
-    noise = len(S) * torch.finfo(S.dtype).eps * lam[-1].abs()
-    if not lam[0] >= -max(noise, 1e-8 * lam[-1]):
+    if not lam[0] >= -1e-6 * lam[-1].abs():  # NaN is refused too
         raise ValueError(f"not a covariance matrix: it has the eigenvalue {lam[0]:.3g}")
-    return V[:, lam > noise] * lam[lam > noise].sqrt()
+    keep = lam > len(S) * torch.finfo(S.dtype).eps * lam[-1]
+    return V[:, keep] * lam[keep].sqrt()
 
 
 def frechet_distance(mu1, S1, mu2, S2):
     """d_F of two Gaussians, a float: means (D,), covariances (D, D), torch or numpy."""
     mu1, S1, mu2, S2 = (torch.as_tensor(a).cpu().double() for a in (mu1, S1, mu2, S2))
     if mu1.shape != mu2.shape or not S1.shape == S2.shape == 2 * mu1.shape:
-        raise ValueError(f"shapes differ: {[list(a.shape) for a in (mu1, S1, mu2, S2)]}")
+        raise ValueError(f"shapes differ: {[list(a.shape) for a in (mu1, S1, mu2, S2)]}; "
+                         "are both of the same --features?")
     # S1 S2 is not symmetric, but with S1 = A A^T and S2 = B B^T it has the eigenvalues of
     # (A^T B)(A^T B)^T, so the trace of its root is the sum of the singular values of A^T B. No root
     # is taken after the product: a rounding error e stays e, and does not become sqrt(e).
@@ -89,8 +90,11 @@ def distance_at_infinity(mu, S, Y, sizes=15):
     through d_F at several N, as a function of 1 / N, meets 1 / N = 0 there (Chong & Forsyth 2020).
 
     Y is in random order, or sorted by class: every evenly spaced part of it must be a fair sample.
-    The slope C depends on the model, so that an equal N for all models does not make d_F fair.
+    The slope C depends on the model, so that an equal N for all models does not make d_F fair. NaN
+    if N is at most 4 D: then the covariances of the smallest parts are nearly singular.
     """
+    if len(Y) <= 4 * Y.shape[1]:
+        return math.nan
     numbers = np.linspace(len(Y) / 3, len(Y), sizes).astype(int)
     parts = [Y[torch.arange(n) * len(Y) // n] for n in numbers]
     distances = [frechet_distance(mu, S, *gaussian(part)) for part in parts]
@@ -101,8 +105,8 @@ def distance_at_infinity(mu, S, Y, sizes=15):
 
 
 def kid(X, Y):
-    """Kernel distance of X (N, D) and Y (M, D), a float: unbiased at every N, but noisy, so that it
-    takes all pairs of images. It may be slightly negative."""
+    """Kernel distance of X (N, D) and Y (M, D), a float: unbiased at every N, so that it may be
+    slightly negative. It averages over all pairs of images, which lowers its variance."""
     X, Y = X.double(), Y.double()
 
     def kernel(A, B):
@@ -118,11 +122,11 @@ def kid(X, Y):
 
 
 def precision_recall(X, Y, k=3):
-    """Precision: the share of samples Y (N, D) within the real manifold, a union of balls around
-    the images X (N, D) that reach to each one's k-th neighbour. Recall: the share of real images
-    within the samples' manifold. Both depend on N: compare them at equal N only."""
+    """Precision: the share of samples Y (N, D) within the real manifold, the union of balls around
+    the points of X (N, D), each with the distance to its k-th nearest neighbour as its radius.
+    Recall: the share of X within the manifold of Y. Both depend on N: compare at equal N only."""
     n = min(len(X), len(Y))
-    center = X.double().mean(0)
+    center = X.double().mean(0)  # distances in float32 are accurate only near 0
     X, Y = ((a[torch.arange(n) * len(a) // n] - center).float() for a in (X, Y))
 
     def share_within(points, centers):
@@ -140,6 +144,7 @@ def precision_recall(X, Y, k=3):
 # are others, averages ignore the border, and the last block pools by the maximum.
 
 Seq = nn.Sequential
+ROW, COL = (1, 7), (7, 1)  # kernels
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
 WEIGHTS_BYTES = 95_628_359
@@ -190,16 +195,14 @@ def block_b(c):  # 35 x 35 -> 17 x 17
 
 
 def block_c(c, m):  # 17 x 17; 7 x 7 as 1 x 7 and 7 x 1
-    row, col = (1, 7), (7, 1)
-    single = Seq(conv(c, m, 1), conv(m, m, row), conv(m, 192, col))
-    double = Seq(conv(c, m, 1), conv(m, m, col), conv(m, m, row), conv(m, m, col),
-                 conv(m, 192, row))
+    single = Seq(conv(c, m, 1), conv(m, m, ROW), conv(m, 192, COL))
+    double = Seq(conv(c, m, 1), conv(m, m, COL), conv(m, m, ROW), conv(m, m, COL),
+                 conv(m, 192, ROW))
     return Mixed([conv(c, 192, 1), single, double, Seq(average(), conv(c, 192, 1))])
 
 
 def block_d(c):  # 17 x 17 -> 8 x 8
-    row, col = (1, 7), (7, 1)
-    long = Seq(conv(c, 192, 1), conv(192, 192, row), conv(192, 192, col), conv(192, 192, 3, 2))
+    long = Seq(conv(c, 192, 1), conv(192, 192, ROW), conv(192, 192, COL), conv(192, 192, 3, 2))
     return Mixed([Seq(conv(c, 192, 1), conv(192, 320, 3, 2)), long, nn.MaxPool2d(3, 2)])
 
 
@@ -254,7 +257,33 @@ def load_inception():
     return load_published(inception(), torch.load(io.BytesIO(data), weights_only=True))
 
 
-# ---- 4. Features of our own, for small images ----------------------------------------------------
+# ---- 4. Features f(I) of a set -------------------------------------------------------------------
+# f is a function of images (B, C, H, W) uint8: features (B, D), and logits (B, classes) or None.
+
+
+@torch.no_grad()
+def summarise(f, images, labels, args, name):
+    """What the report needs of a set, see describe()."""
+    if len(images) < 2:
+        raise ValueError(f"{name}: {len(images)} images; expected two or more")
+    batches = tqdm(images.split(100), name, leave=False, disable=None)
+    features, logits = zip(*(f(x.to(args.device)) for x in batches))
+    logits = None if logits[0] is None else torch.cat(logits).cpu()
+    return describe(torch.cat(features).float().cpu(), logits, labels)
+
+
+def describe(X, logits=None, labels=None):
+    """Features X (N, D), their mean and covariance; logits (N, classes) and labels (N,) or None."""
+    mu, S = gaussian(X)
+    return dict(n=len(X), X=X, mu=mu, S=S, logits=logits, labels=labels)
+
+
+def accuracy(found):
+    """Share of a set's images that the classifier reads as their labels."""
+    return float((found["logits"].argmax(1) == found["labels"]).float().mean())
+
+
+# ---- 5. Features of our own, for small images ----------------------------------------------------
 
 
 class Classifier(nn.Module):
@@ -274,8 +303,8 @@ class Classifier(nn.Module):
 
 
 def augment(x, flip):
-    """A random affine map near the identity for every image of x (B, C, H, W): no pixel can be
-    relied on. A share flip of them is mirrored."""
+    """A random affine map near the identity for every image of x (B, C, H, W), so that the network
+    cannot memorise pixels. A share flip of them is mirrored."""
     theta = torch.eye(2, 3) + 0.1 * (2 * torch.rand(len(x), 2, 3) - 1)
     mirror = torch.rand(len(x)) < flip
     theta[mirror, 0] *= -1
@@ -292,8 +321,10 @@ def train(args, ckpt=None):
     """Train the classifier, from scratch or from a checkpoint."""
     images, labels = load_data(args.data, "train", args.data_dir)
     images, labels = images.to(args.device), labels.to(args.device)
-    args.shape = list(images.shape[1:])
+    args.shape = list(images.shape[1:])  # C, H, W
     args.classes = int(labels.max()) + 1
+    if args.classes < 2:
+        raise ValueError(f"--data {args.data} has one class; a classifier needs labels")
     torch.manual_seed(args.seed)
     model = build(args).train()
     opt = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.99), weight_decay=0.02, fused=True)
@@ -324,22 +355,22 @@ def train(args, ckpt=None):
         if step % args.every == 0 or step == args.steps:
             save_checkpoint(args, step, model=model.state_dict(), optimizer=opt.state_dict())
     images, labels = load_data(args.data, "test", args.data_dir)
-    found = summarise(lambda x: model.eval()(to_float(x)), images, labels, args, "test")
-    say(f"accuracy on {args.data}:test: {accuracy(found):.4f}")
-
-
-# ---- 5. Features f(I) ----------------------------------------------------------------------------
+    test = summarise(lambda x: model.eval()(to_float(x)), images, labels, args, "test")
+    say(f"accuracy on {args.data}:test: {accuracy(test):.4f}")
 
 
 def choose_features(args):
-    """f, and the name of the distance in its space. f is a function of images (B, C, H, W) uint8:
-    features (B, D), and logits (B, classes) or None."""
+    """f, as --features asks, and the name of the distance in its space."""
     if args.features == "pixels":
         return lambda x: (x.flatten(1) / 255, None), "FD (pixels)"
     if args.features == "inception":
         net = load_inception().to(args.device, memory_format=torch.channels_last)
-        rgb = lambda x: x.expand(-1, 3, -1, -1).float()
-        return lambda x: (net((resize_tf1(rgb(x), 299) - 128) / 128), None), "FID"
+
+        def f(x):
+            x = resize_tf1(x.expand(-1, 3, -1, -1).float(), 299)
+            return net((x - 128) / 128), None
+
+        return f, "FID"
     path = args.out / "model.pt"
     ckpt = load_checkpoint(path if path.exists() else HERE / "pretrained" / f"{NAME}.pt")
     shape = ckpt["config"]["shape"]
@@ -347,7 +378,7 @@ def choose_features(args):
     model.load_state_dict(ckpt["model"])
 
     def f(x):
-        if x.shape[1] == 3 > shape[0] and (x == x[:, :1]).all():  # grey, saved as RGB
+        if shape[0] == 1 and x.shape[1] == 3 and (x == x[:, :1]).all():  # grey, saved as RGB
             x = x[:, :1]
         if list(x.shape[1:]) != shape:
             raise ValueError(f"images of shape {list(x.shape[1:])}, but the classifier was trained "
@@ -355,18 +386,6 @@ def choose_features(args):
         return model(to_float(x))
 
     return f, "FD (our features)"
-
-
-@torch.no_grad()
-def summarise(f, images, labels, args, name):
-    """What the report needs of a set: features X (N, D), their mu and S, logits, labels."""
-    if len(images) < 2:
-        raise ValueError(f"{name}: {len(images)} images; expected two or more")
-    found = [f(x.to(args.device)) for x in tqdm(images.split(100), name, leave=False, disable=None)]
-    X = torch.cat([features.float().cpu() for features, _ in found])
-    logits = None if found[0][1] is None else torch.cat([logits.cpu() for _, logits in found])
-    mu, S = gaussian(X)
-    return dict(n=len(X), X=X, mu=mu, S=S, logits=logits, labels=labels)
 
 
 # ---- 6. Sets of images ---------------------------------------------------------------------------
@@ -400,8 +419,8 @@ def read_images(spec, data_dir):
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise ValueError(f"found {images.dtype} {images.shape}, expected uint8 (N, H, W, 1 or 3)")
     if labels is not None:
-        if len(labels) != len(images):
-            raise ValueError(f"{len(images)} images, but {len(labels)} labels")
+        if labels.shape != images.shape[:1] or labels.min() < 0:
+            raise ValueError(f"found labels {labels.shape}, expected one from 0 for every image")
         labels = torch.from_numpy(labels.astype(np.int64))[rows]
     return torch.from_numpy(images[rows].transpose(0, 3, 1, 2).copy()), labels
 
@@ -425,15 +444,10 @@ def read_set(spec, f, args):
 # ---- 7. The report -------------------------------------------------------------------------------
 
 
-def accuracy(found):
-    """Share of a set's images that the classifier reads as their labels."""
-    return float((found["logits"].argmax(1) == found["labels"]).float().mean())
-
-
 def measures(real, fake):
-    """Every number of the report, by name; those that need more images are left out."""
+    """Every number of the report, by name; those that need images are left out without them."""
     found = {"distance": frechet_distance(real["mu"], real["S"], fake["mu"], fake["S"])}
-    if fake["n"] > 4 * len(fake["mu"]):
+    if fake["n"]:
         y = fake["labels"]
         order = torch.randperm(fake["n"]) if y is None else y.argsort(stable=True)
         found["  at infinite N"] = distance_at_infinity(real["mu"], real["S"], fake["X"][order])
@@ -447,23 +461,23 @@ def measures(real, fake):
 
 
 def floor_of(real, fake, f, args):
-    """Real images in the samples' place, as many of each class: the other split of a data set, or
-    one part of REAL against the rest. Returns a reference and a set, or None."""
+    """Real images treated as if they were samples, up to as many of each class: the other split of
+    a data set, or one part of REAL against the rest. Returns a reference and a set, or None."""
     name, _, split = args.sets[0].partition(":")
     other = {"train": "test", "test": "train"}.get(split)
     if name in URLS and other and not args.sets[1].startswith(f"{name}:"):
         images, labels = load_data(name, other, args.data_dir)
-        index = torch.randperm(len(images))
+        rng = torch.Generator().manual_seed(args.seed)  # the same floor for all samples
+        index = torch.randperm(len(images), generator=rng)
         if fake["labels"] is not None:
             counts = fake["labels"].bincount()
             index = torch.cat([index[labels[index] == c][:n] for c, n in enumerate(counts)])
-        index = index[:fake["n"] or None]
+        index = index[:fake["n"] or None]  # 0: unknown
         return real, summarise(f, images[index], labels[index], args, f"{name}:{other}")
-    if not real["n"]:
+    if real["n"] < 4:
         return None
     n, index = min(fake["n"] or real["n"], real["n"] // 2), torch.randperm(real["n"])
-    return [dict(n=len(X), X=X, mu=gaussian(X)[0], S=gaussian(X)[1], logits=None, labels=None)
-            for X in (real["X"][index[n:]], real["X"][index[:n]])]
+    return describe(real["X"][index[n:]]), describe(real["X"][index[:n]])
 
 
 def report(args):
@@ -493,7 +507,8 @@ def report(args):
 def preference(win, tie, lose):
     """The slide's table as shares, and what it leaves out: of the decided votes, the share that was
     won, its 95 % interval (Wilson 1927), and the p-value of a sign test: how often two equal models
-    would give a split at least as uneven. Numbers of votes -> dict."""
+    would give a split at least as uneven. Numbers of votes -> dict. (experiments/human_eval.py
+    collects the votes.)"""
     n, z = win + lose, 1.96
     p, q = win / n, z * z / n
     center, half = (p + q / 2) / (1 + q), z * math.sqrt(p * (1 - p) / n + q / (4 * n)) / (1 + q)
@@ -508,8 +523,6 @@ def preference(win, tie, lose):
 
 def blur(x, sigma):
     """Gaussian blur of images (B, C, H, W) uint8; sigma in pixels."""
-    if sigma == 0:
-        return x
     reach = math.ceil(3 * sigma)
     kernel = torch.exp(-torch.arange(-reach, reach + 1.0).square() / (2 * sigma**2))
     kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
@@ -553,15 +566,16 @@ def sweep(args):
 
     x = x[:2000]
     for text, strengths, damage in (
-            ("blur, sigma in pixels", (0, 0.5, 1, 2), blur),
-            ("noise, grey levels", (0, 16, 32, 128), noise),
-            ("share with shuffled pixels", (0, 0.02, 0.05, 0.2), shuffle_some),
-            ("share of copies of 20 images", (0, 0.25, 0.5, 0.95), copy_some)):
+            ("no damage", (0,), lambda x, _: x),
+            ("blur, sigma in pixels", (0.5, 1, 2), blur),
+            ("noise, grey levels", (16, 32, 128), noise),
+            ("share with shuffled pixels", (0.02, 0.05, 0.2), shuffle_some),
+            ("share of copies of 20 images", (0.25, 0.5, 0.95), copy_some)):
         say(f"\n{text:30}{title:>20}{'precision':>12}{'recall':>10}")
         for strength in strengths:
             fake = summarise(f, damage(x, strength), None, args, text)
             distance = frechet_distance(real["mu"], real["S"], fake["mu"], fake["S"])
-            precision, recall = precision_recall(real["X"][:10_000], fake["X"])
+            precision, recall = precision_recall(real["X"], fake["X"])
             say(f"{strength:<30g}{distance:20.4f}{precision:12.3f}{recall:10.3f}")
 
 
@@ -706,9 +720,11 @@ def main(argv=None):
             sweep(args)
         elif len(args.sets) == (1 if args.save_stats else 2):
             report(args)
+        elif args.sets or args.save_stats:
+            die("name two sets, REAL and FAKE, or one with --save-stats")
         else:
             parse_args(["--help"])
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         die(e)
 
 
