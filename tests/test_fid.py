@@ -1,5 +1,5 @@
-"""fid.py against closed forms, brute force and published numbers. (experiments/bench_fid.py compares
-it with pytorch-fid and torch-fidelity, which need an environment of their own.)"""
+"""fid.py against closed forms, brute force and published numbers. (The
+comparison with pytorch-fid and torch-fidelity is experiments/bench_fid.py.)"""
 
 import gzip
 from types import SimpleNamespace
@@ -140,6 +140,15 @@ def test_distance_at_infinity_is_nearer_to_the_truth():
     assert np.mean(far) < 0.35 * np.mean(plain)
 
 
+def test_distance_at_infinity_of_sorted_classes():
+    """Samples sorted by class, as many of each: parts of them have all classes."""
+    X, y = cloud(1000, 8, mix=False), torch.arange(1000) // 500
+    X[:, 0] += 20 * y
+    whole = cloud(40_000, 8, mix=False)
+    whole[:, 0] += 20 * (torch.arange(40_000) % 2)
+    assert abs(fid.distance_at_infinity(*fid.gaussian(whole), X)) < 1.5 * fd(whole, X)
+
+
 # ---- 2. Other numbers ----------------------------------------------------------------------------
 
 
@@ -225,22 +234,35 @@ def test_inception_counts():
     for counters, count in ((True, 566), (False, 472)):
         state = published_names(counters)
         assert len(state) == count
-        assert state["Mixed_7c.branch3x3dbl_3b.bn.running_var"].shape == (384,)
-        assert state["Conv2d_1a_3x3.conv.weight"].shape == (32, 3, 3, 3)
+        for conv, shape in (("Conv2d_1a_3x3", (32, 3, 3, 3)),
+                            ("Mixed_5b.branch5x5_2", (64, 48, 5, 5)),
+                            ("Mixed_5d.branch_pool", (64, 288, 1, 1)),
+                            ("Mixed_6a.branch3x3", (384, 288, 3, 3)),
+                            ("Mixed_6a.branch3x3dbl_3", (96, 96, 3, 3)),
+                            ("Mixed_6b.branch7x7_3", (192, 128, 7, 1)),
+                            ("Mixed_6b.branch7x7dbl_5", (192, 128, 1, 7)),
+                            ("Mixed_7a.branch7x7x3_2", (192, 192, 1, 7)),
+                            ("Mixed_7b.branch3x3_2a", (384, 384, 1, 3)),
+                            ("Mixed_7c.branch3x3dbl_3b", (384, 384, 3, 1))):
+            assert state[f"{conv}.conv.weight"].shape == shape, conv
         fid.load_published(model, state)
     first = state["Conv2d_1a_3x3.conv.weight"]
     assert torch.equal(next(model.parameters()), first)
 
 
-def test_features_do_not_depend_on_the_neighbours():
-    """Eval mode: an image has the same 2,048 features alone and in a batch."""
+def test_features_are_torch_fidelitys():
+    """Eight of the 2,048 features of two images, as torch-fidelity 0.4.0 computes them with these
+    weights; and, in eval mode, the same alone and in a batch."""
     model = fid.load_published(fid.inception(), published_names(False))
-    x = torch.randint(256, (3, 3, 20, 24), generator=torch.Generator().manual_seed(0)).float()
+    x = torch.randint(256, (2, 3, 20, 24), generator=torch.Generator().manual_seed(0)).float()
     x = (fid.resize_tf1(x, 299) - 128) / 128
+    golden = torch.tensor([[0.0064, 0.2293, 0.0251, 0.0143, 7.9797, 0.0202, 3.5437, 0.1239],
+                           [0.0, 0.2153, 0.0886, 0.0165, 8.3663, 0.0176, 3.2154, 0.155]])
     with torch.no_grad():
-        together = model(x)
-        assert together.shape == (3, 2048) and together.std() > 1e-3
-        assert torch.allclose(model(x[1:2]), together[1:2], rtol=1e-4, atol=1e-5)
+        found = model(x)
+        assert found.shape == (2, 2048) and torch.allclose(found[:, ::256], golden, atol=1e-3)
+        assert found.mean().item() == pytest.approx(2.398002, rel=1e-4)
+        assert torch.allclose(model(x[1:]), found[1:], rtol=1e-4, atol=1e-5)
 
 
 def test_resize_is_tensorflow_1s():
@@ -262,8 +284,10 @@ def test_wrong_weights_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / fid.WEIGHTS).write_bytes(b"12345")
-    with pytest.raises(ValueError, match="is not the published file: 5 bytes"):
-        fid.load_inception()
+    for size in (fid.WEIGHTS_BYTES, 5):
+        monkeypatch.setattr(fid, "WEIGHTS_BYTES", size)
+        with pytest.raises(ValueError, match="is not the published file: 5 bytes"):
+            fid.load_inception()
 
 
 # ---- 4. and 5. Features of our own ---------------------------------------------------------------
@@ -299,6 +323,12 @@ def test_kid_of_real_digits_hardly_varies(judge):
         index = torch.cat([index[y[index] == c][:100] for c in range(10)])
         values.append(1000 * fid.kid(Y, X[index]))
     assert np.std(values) < 0.1, values
+
+
+def test_a_classifier_needs_two_classes(tmp_path):
+    np.savez(tmp_path / "x.npz", images=np.zeros((20, 8, 8, 1), np.uint8))
+    said = call(fid, "--train", "--data", "x.npz", cwd=tmp_path, code=2)
+    assert "x.npz has one class" in said
 
 
 def test_augment_moves_a_little_and_mirrors_on_demand():
@@ -449,6 +479,8 @@ def bad(tmp_path_factory):
         np.save(folder / f"{name}.npy", array)
     (folder / "cut.npy").write_bytes((folder / "ok.npy").read_bytes()[:-100])
     np.savez(folder / "other.npz", weights=x)
+    np.savez(folder / "few.npz", images=x, labels=np.zeros(3, int))
+    np.savez(folder / "minus.npz", images=x, labels=np.full(40, -1))
     np.savez(folder / "mu.npz", mu=np.zeros(64), sigma=np.eye(64))
     np.savez(folder / "nan.npz", mu=np.full(128, np.nan), sigma=np.eye(128))
     np.savez(folder / "neg.npz", mu=np.zeros(128), sigma=-np.eye(128))
@@ -465,7 +497,8 @@ def bad(tmp_path_factory):
     ("one.npy", "1 images; expected two or more"), ("ok.npy[40:]", "0 images"),
     ("big.npy", "images of shape [1, 20, 20], but the classifier was trained on"),
     ("first.npy", "expected uint8 (N, H, W, 1 or 3)"), ("range.npy", "found float64"),
-    ("cut.npy", "cut.npy"), ("other.npz", "images"), ("mu.npz", "shapes differ"),
+    ("few.npz", "found labels (3,)"), ("minus.npz", "found labels (40,)"), ("cut.npy", "cut.npy"),
+    ("other.npz", "images"), ("mu.npz", "shapes differ"),
     ("nan.npz", "not finite"), ("neg.npz", "not a covariance"), ("text.npz", "text.npz"),
     ("empty", "empty"), ("mixed", "same shape"), ("torn", "torn"), ("none.npz", "No such file"),
     ("nonsense", "nonsense")])
