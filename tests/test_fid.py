@@ -451,19 +451,21 @@ def test_preference_of_the_slide():
 
 
 def test_damages():
-    """Blur is a convolution with a Gaussian; noise has the spread asked for; shares are kept."""
-    dot = torch.zeros(1, 1, 15, 15, dtype=torch.uint8)
-    dot[..., 7, 7] = 255
-    r = torch.arange(-7.0, 8)
-    want = torch.exp(-(r**2)[:, None] / 2 - r**2 / 2)
-    assert (fid.blur(dot, 1)[0, 0] - 255 * want / want.sum()).abs().max() < 1
+    """Blur is a mean over neighbours; noise has the spread asked for; shares are kept."""
+    dot = torch.full((2, 3, 9, 9), 9, dtype=torch.uint8)
+    dot[..., 4, 0] = 90
+    want = dot.clone()
+    want[..., 3:6, 0], want[..., 3:6, 1] = 22, 18  # at the border: of 6 pixels instead of 9
+    assert torch.equal(fid.blur(dot, 3), want)
     grey = torch.full((10, 1, 20, 20), 128, dtype=torch.uint8)
     assert fid.noise(grey, 16).float().std() == pytest.approx(16, rel=0.05)
     x = torch.randint(256, (100, 1, 6, 6), dtype=torch.uint8)
-    for damage in (fid.shuffle_some, fid.copy_some):
-        y = damage(x, 0.3)
-        assert y.shape == x.shape and torch.equal(y[:70], x[:70])
-        assert not any(torch.equal(a, b) for a, b in zip(x[70:], y[70:]))
+    shuffled, repeated = fid.shuffle_pixels(x, 0.3), fid.repeat_images(x, 0.3)
+    for y in (shuffled, repeated):
+        assert y.shape == x.shape and torch.equal(y[:70], x[30:])
+    assert torch.equal(shuffled[70:].flatten(1).sort().values, x[:30].flatten(1).sort().values)
+    assert not any(torch.equal(a, b) for a, b in zip(shuffled[70:], x[:30]))
+    assert torch.equal(repeated[70:90], x[:20]) and torch.equal(repeated[90:], x[:10])
 
 
 # ---- Bad input: one line, exit code 2 ------------------------------------------------------------
