@@ -33,14 +33,12 @@ sys.path.insert(0, str(ROOT))
 
 import dalle_mini  # noqa: E402
 import latent_diffusion  # noqa: E402
-import pixelcnn  # noqa: E402
 import video_diffusion  # noqa: E402
 import vqvae  # noqa: E402
 
-FILES = [pixelcnn, vqvae, dalle_mini, latent_diffusion, video_diffusion]
+FILES = [vqvae, dalle_mini, latent_diffusion, video_diffusion]
 LONG = "--steps 100000 --every 1 --batch-size 4 --device cpu --data "
 FLAGS = {  # a small network each, which writes a checkpoint every step
-    "pixelcnn": LONG + "own.npz --width 8 --dilations 1 --hidden 8 --levels 4",
     "vqvae": LONG + "own.npz --width 8 --code-dim 4 --codebook-size 6 --blocks 1 --prior-width 32 "
     "--prior-layers 1",
     "dalle_mini": LONG + "own.npz --width 8 --code-dim 4 --codebook-size 6 --blocks 1 --model-width 32 "
@@ -228,24 +226,24 @@ def loaders(folder):
     pose = np.tile(np.eye(3, 4, dtype=np.float32), (8, 1, 1))
     pose[:, 2, 3] = 3
     path = bytes_of(np.savez, K=np.eye(3, dtype=np.float32), pose=pose)
-    enclosed = ROOT / "pretrained/pixelcnn.pt"
+    enclosed = ROOT / "pretrained/vqvae.pt"
     ckpt = enclosed.read_bytes()
-    network = pixelcnn.make_model(pixelcnn.parse_args(
-        ["--sample", "--device", "cpu"], pixelcnn.read_checkpoint(enclosed)["config"]))
+    network = vqvae.Model(vqvae.parse_args(
+        ["--sample", "--device", "cpu"], vqvae.read_checkpoint(enclosed)["config"]))
 
     def checkpoint(p):
-        pixelcnn.load_state(network, pixelcnn.read_checkpoint(p), "ema")
+        vqvae.load_state(network, vqvae.read_checkpoint(p), "model")
 
     labels_gz = (ROOT / "data/mnist/t10k-labels-idx1-ubyte.gz").read_bytes()
     (folder / "mnist").mkdir(exist_ok=True)
-    pixelcnn.save_png(folder / "x.png", x[:1])
+    vqvae.save_png(folder / "x.png", x[:1])
     png = (folder / "x.png").read_bytes()
     zipped, png_ways = [mutate, mutate_zip, mutate_zip], [mutate, mutate_png, mutate_png]
     return {
-        "idx": ("mnist/t10k-labels-idx1-ubyte.gz", labels_gz, [mutate], lambda p: pixelcnn.data_file(
+        "idx": ("mnist/t10k-labels-idx1-ubyte.gz", labels_gz, [mutate], lambda p: vqvae.data_file(
             SimpleNamespace(data="mnist", data_dir=folder), p.name)),
-        "npz of images": ("x.npz", images, zipped, lambda p: pixelcnn.own_data(str(p))),
-        "npy of images": ("x.npy", bytes_of(np.save, x), [mutate], lambda p: pixelcnn.own_data(str(p))),
+        "npz of images": ("x.npz", images, zipped, lambda p: vqvae.own_data(str(p))),
+        "npy of images": ("x.npy", bytes_of(np.save, x), [mutate], lambda p: vqvae.own_data(str(p))),
         "npz of pairs": ("x.npz", images, zipped, lambda p: dalle_mini.load_pairs(
             SimpleNamespace(data=str(p), device="cpu"), "train")),
         "npz of clips": ("x.npz", bytes_of(np.savez, clips=x.reshape(2, 6, 16, 16, 3)), zipped,

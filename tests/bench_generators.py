@@ -53,20 +53,20 @@ def digits(n=1000):
     real = fid.read_set("mnist:train", f, args)
     print("| digits | FD | at infinite N | accuracy | parameters | s per 100 |\n"
           "| --- | --- | --- | --- | --- | --- |")
-    for module, build, key, draw in (
-            (pixelcnn, pixelcnn.make_model, "ema", pixelcnn.draw_images),
-            (vqvae, vqvae.Model, "model", vqvae.new_images),
-            (ddpm, ddpm.build, "ema", ddpm.generate)):
-        if module is ddpm:
-            ckpt = ddpm.load_checkpoint(ROOT / "pretrained/ddpm.pt")
-            a = ddpm.parse_args(["--device", "cpu"], ckpt["config"])
-            model = build(a).eval()
-            model.load_state_dict(ckpt[key])
-            (x, y), seconds = timed(lambda: draw(a, model, n), n)
+    for module in (pixelcnn, vqvae, ddpm):
+        y = torch.arange(n) % 10
+        if module is vqvae:
+            a, model = ready(vqvae, vqvae.Model, "model")
+            x, seconds = timed(lambda: vqvae.new_images(a, model, y), n)
         else:
-            a, model = ready(module, build, key)
-            y = module.class_labels(a, n)
-            x, seconds = timed(lambda: draw(a, model, y), n)
+            ckpt = module.load_checkpoint(ROOT / f"pretrained/{module.NAME}.pt")
+            a = module.parse_args(["--device", "cpu"], ckpt["config"])
+            model = module.build(a).eval()
+            model.load_state_dict(ckpt["ema"])
+            if module is ddpm:
+                (x, y), seconds = timed(lambda: ddpm.generate(a, model, n), n)
+            else:
+                x, seconds = timed(lambda: pixelcnn.generate(a, model, y), n)
         fake = fid.summarise(f, x, y, args, module.NAME)
         row(f"`{module.NAME}.py`", fid.measures(real, fake), cost(model, seconds))
     floor = fid.floor_of(real, fake, f, args)

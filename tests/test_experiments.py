@@ -13,14 +13,17 @@ from inprocess import call
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
+import bench_pixelcnn
 import ddpm
 import ddpm_targets
 import export
 import fid
 import fid_bias
 import flow_2d
+import generative_classifier
 import human_eval
 import inpaint
+import pixelcnn
 from test_ddpm import f64, gaussian_model
 from test_fid import power
 
@@ -154,6 +157,55 @@ def test_export_halves_and_samples_the_same(tiny):
     call(ddpm, "--sample", "--num", 10, "--out", small.parent, cwd=tiny.parent)
     a, b = (np.load(tiny.parent / f / "samples.npz")["arr_0"].astype(int) for f in (".", "small"))
     assert abs(a - b).mean() < 2
+
+
+# ---- generative_classifier.py, bench_pixelcnn.py --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def density(tmp_path_factory):
+    """A folder with a checkpoint of pixelcnn.py, after two steps on digits with 16 levels."""
+    folder = tmp_path_factory.mktemp("density")
+    call(pixelcnn, "--train", *"--steps 2 --batch-size 4 --width 8 --dilations 1 --hidden 8 --levels "
+         "16 --num 10 --device cpu".split(), cwd=folder)
+    return folder / "out/pixelcnn/model.pt"
+
+
+def test_confusions_and_hard_pairs(density):
+    """gaps are log ratios, -inf for the right class; pairs are drawn where they are large."""
+    ckpt = pixelcnn.load_checkpoint(density)
+    args = pixelcnn.parse_args(["--device", "cpu"], ckpt["config"])
+    model = pixelcnn.build(args).eval()
+    model.load_state_dict(ckpt["ema"])
+    x, y = pixelcnn.held_out(args, 3)
+    gaps = generative_classifier.confusions(args, model, x, y)
+    for k in range(10):
+        ratio = pixelcnn.log_probs(model, x, y * 0 + k) - pixelcnn.log_probs(model, x, y)
+        want = torch.where(y == k, -math.inf, ratio)
+        assert torch.allclose(gaps[:, k], want)
+    gaps = torch.full((100, 10), -60.0)
+    gaps[range(100), torch.arange(100) % 10] = -math.inf
+    gaps[7, 3] = 0.0
+    torch.manual_seed(0)
+    images, classes = generative_classifier.hard_pairs(gaps, 400)
+    assert (images[100:] == 7).float().mean() > 0.99 and len(images[:100].unique()) > 50
+    assert (classes[images == 7] == 3).all() and (classes != images % 10).all()
+
+
+def test_generative_classifier_in_miniature(density, monkeypatch):
+    """The table, the picture, and a checkpoint from which pixelcnn.py samples."""
+    digits = ddpm.load_data("mnist", "train", ROOT / "data")
+    monkeypatch.setattr(pixelcnn, "load_data", lambda *a: tuple(x[:40] for x in digits))
+    said = call(generative_classifier, *"--rounds 1 --fresh 20 --steps 2 --batch 4 --num 10".split(),
+                "--model", density, cwd=density.parent)
+    out = density.parent / "out/generative_classifier"
+    assert len(re.findall(r"\| (?:0\.\d{4}|1\.0000) \|", said)) == 2 and (out / "samples.png").exists()
+    call(pixelcnn, "--sample", "--num", 2, "--out", out, cwd=density.parent)
+
+
+def test_bench_in_miniature(density):
+    said = call(bench_pixelcnn, "--model", density, "--num", 1, cwd=density.parent)
+    assert "100.00 % of the pixels are the same" in said
 
 
 # ---- fid_bias.py ---------------------------------------------------------------------------------

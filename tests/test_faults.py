@@ -7,8 +7,8 @@ import signal
 import warnings
 
 import bench_faults
-import pixelcnn
 import pytest
+import vqvae
 from inprocess import call
 
 
@@ -46,11 +46,11 @@ def test_kill_full_disk_and_two_runs(tmp_path):
     """Killed while it writes checkpoints; then the next is too long for the disk; then a second
     training in the same folder. Each time the checkpoint is whole."""
     bench_faults.make_data(tmp_path)
-    bench_faults.kill_nine("pixelcnn", tmp_path, 1, random.Random(0))
-    size = (tmp_path / "pixelcnn/model.pt").stat().st_size
-    assert "File too large" in bench_faults.full_disk("pixelcnn", tmp_path, limit=size // 2)
-    assert "another training" in bench_faults.two_runs("pixelcnn", tmp_path, again=False)
-    assert pixelcnn.read_checkpoint(tmp_path / "pixelcnn/model.pt")["step"] > 0
+    bench_faults.kill_nine("vqvae", tmp_path, 1, random.Random(0))
+    size = (tmp_path / "vqvae/model.pt").stat().st_size
+    assert "File too large" in bench_faults.full_disk("vqvae", tmp_path, limit=size // 2)
+    assert "another training" in bench_faults.two_runs("vqvae", tmp_path, again=False)
+    assert vqvae.read_checkpoint(tmp_path / "vqvae/model.pt")["step"] > 0
 
 
 @pytest.mark.parametrize("module", bench_faults.FILES, ids=lambda m: m.__name__)
@@ -67,7 +67,7 @@ def test_ctrl_c_ends_every_training(module, tmp_path, monkeypatch):
                 "out", cwd=tmp_path)
     assert "stopped at 1; to go on" in said
     assert module.read_checkpoint(tmp_path / "out/model.pt")["step"] == 1
-    assert (tmp_path / "out/samples.png").exists() == (module.__name__ in ("pixelcnn",))
+    assert not (tmp_path / "out/samples.png").exists()
 
 
 @pytest.mark.parametrize("module", bench_faults.FILES, ids=lambda m: m.__name__)
