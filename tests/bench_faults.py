@@ -34,13 +34,10 @@ sys.path.insert(0, str(ROOT))
 import dalle_mini  # noqa: E402
 import latent_diffusion  # noqa: E402
 import video_diffusion  # noqa: E402
-import vqvae  # noqa: E402
 
-FILES = [vqvae, dalle_mini, latent_diffusion, video_diffusion]
+FILES = [dalle_mini, latent_diffusion, video_diffusion]
 LONG = "--steps 100000 --every 1 --batch-size 4 --device cpu --data "
 FLAGS = {  # a small network each, which writes a checkpoint every step
-    "vqvae": LONG + "own.npz --width 8 --code-dim 4 --codebook-size 6 --blocks 1 --prior-width 32 "
-    "--prior-layers 1",
     "dalle_mini": LONG + "own.npz --width 8 --code-dim 4 --codebook-size 6 --blocks 1 --model-width 32 "
     "--model-layers 1 --heads 2 --side-width 32",
     "latent_diffusion": LONG + "own.npz --width 16 --codebook-size 6 --channels 32 32 --heads 2 "
@@ -205,12 +202,6 @@ def mutate_png(data, rng):
     return out
 
 
-def mutate_codes(data, rng):
-    """A fault in a file of codes, whose checksum fits again."""
-    data = mutate(data[:-4], rng)
-    return data + struct.pack("<I", zlib.crc32(data))
-
-
 def bytes_of(save, *args, **kwargs):
     buffer = io.BytesIO()
     save(buffer, *args, **kwargs)
@@ -226,24 +217,24 @@ def loaders(folder):
     pose = np.tile(np.eye(3, 4, dtype=np.float32), (8, 1, 1))
     pose[:, 2, 3] = 3
     path = bytes_of(np.savez, K=np.eye(3, dtype=np.float32), pose=pose)
-    enclosed = ROOT / "pretrained/vqvae.pt"
+    enclosed = ROOT / "pretrained/dalle_mini.pt"
     ckpt = enclosed.read_bytes()
-    network = vqvae.Model(vqvae.parse_args(
-        ["--sample", "--device", "cpu"], vqvae.read_checkpoint(enclosed)["config"]))
+    network = dalle_mini.DallE(dalle_mini.parse_args(
+        ["--sample", "--device", "cpu"], dalle_mini.read_checkpoint(enclosed)["config"]))
 
     def checkpoint(p):
-        vqvae.load_state(network, vqvae.read_checkpoint(p), "model")
+        dalle_mini.load_state(network, dalle_mini.read_checkpoint(p), "model")
 
     labels_gz = (ROOT / "data/mnist/t10k-labels-idx1-ubyte.gz").read_bytes()
     (folder / "mnist").mkdir(exist_ok=True)
-    vqvae.save_png(folder / "x.png", x[:1])
+    dalle_mini.save_png(folder / "x.png", x[:1])
     png = (folder / "x.png").read_bytes()
     zipped, png_ways = [mutate, mutate_zip, mutate_zip], [mutate, mutate_png, mutate_png]
     return {
-        "idx": ("mnist/t10k-labels-idx1-ubyte.gz", labels_gz, [mutate], lambda p: vqvae.data_file(
+        "idx": ("mnist/t10k-labels-idx1-ubyte.gz", labels_gz, [mutate], lambda p: dalle_mini.data_file(
             SimpleNamespace(data="mnist", data_dir=folder), p.name)),
-        "npz of images": ("x.npz", images, zipped, lambda p: vqvae.own_data(str(p))),
-        "npy of images": ("x.npy", bytes_of(np.save, x), [mutate], lambda p: vqvae.own_data(str(p))),
+        "npz of images": ("x.npz", images, zipped, lambda p: dalle_mini.own_data(str(p))),
+        "npy of images": ("x.npy", bytes_of(np.save, x), [mutate], lambda p: dalle_mini.own_data(str(p))),
         "npz of pairs": ("x.npz", images, zipped, lambda p: dalle_mini.load_pairs(
             SimpleNamespace(data=str(p), device="cpu"), "train")),
         "npz of clips": ("x.npz", bytes_of(np.savez, clips=x.reshape(2, 6, 16, 16, 3)), zipped,
@@ -253,26 +244,7 @@ def loaders(folder):
         "png for a prompt": ("x.png", png, png_ways, lambda p: latent_diffusion.image_file(
             SimpleNamespace(shape=[3, 16, 16], device="cpu"), "--init", p)),
         "checkpoint": ("x.pt", ckpt, [mutate], checkpoint),
-        "codes": ("x.vq", *codes_of(folder)),
     }
-
-
-def codes_of(folder):
-    """A file of codes of the enclosed model, the ways to damage it, and what reads it."""
-    saved = vqvae.read_checkpoint(ROOT / "pretrained/vqvae.pt")
-    args = vqvae.parse_args(["--sample", "--device", "cpu"], saved["config"])
-    args.out, args.save = folder, folder / "y.npz"
-    vqvae.use_device(args)
-    model = vqvae.Model(args).eval()
-    data = vqvae.HEAD.pack(b"VQ1\n", 3, *model.grid, model.K, vqvae.model_digest(model))
-    data += vqvae.pack(np.arange(3 * math.prod(model.grid)) % model.K, model.K)
-    data += struct.pack("<I", zlib.crc32(data))
-
-    def read(p):
-        args.decompress = p
-        vqvae.decompress(args, model)
-
-    return data, [mutate, mutate_codes], read
 
 
 def fuzz(name, loader, folder, inputs, rng):

@@ -55,18 +55,14 @@ def digits(n=1000):
           "| --- | --- | --- | --- | --- | --- |")
     for module in (pixelcnn, vqvae, ddpm):
         y = torch.arange(n) % 10
-        if module is vqvae:
-            a, model = ready(vqvae, vqvae.Model, "model")
-            x, seconds = timed(lambda: vqvae.new_images(a, model, y), n)
+        ckpt = module.load_checkpoint(ROOT / f"pretrained/{module.NAME}.pt")
+        a = module.parse_args(["--device", "cpu"], ckpt["config"])
+        model = module.build(a).eval()
+        model.load_state_dict(ckpt["ema"])
+        if module is ddpm:
+            (x, y), seconds = timed(lambda: ddpm.generate(a, model, n), n)
         else:
-            ckpt = module.load_checkpoint(ROOT / f"pretrained/{module.NAME}.pt")
-            a = module.parse_args(["--device", "cpu"], ckpt["config"])
-            model = module.build(a).eval()
-            model.load_state_dict(ckpt["ema"])
-            if module is ddpm:
-                (x, y), seconds = timed(lambda: ddpm.generate(a, model, n), n)
-            else:
-                x, seconds = timed(lambda: pixelcnn.generate(a, model, y), n)
+            x, seconds = timed(lambda: module.generate(a, model, y), n)
         fake = fid.summarise(f, x, y, args, module.NAME)
         row(f"`{module.NAME}.py`", fid.measures(real, fake), cost(model, seconds))
     floor = fid.floor_of(real, fake, f, args)

@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from inprocess import call
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 import bench_pixelcnn
+import bench_vqvae
+import codebooks
 import ddpm
 import ddpm_targets
 import export
@@ -24,8 +27,11 @@ import generative_classifier
 import human_eval
 import inpaint
 import pixelcnn
+import vqvae
 from test_ddpm import f64, gaussian_model
 from test_fid import power
+from test_vqvae import SMALL, some_z
+from test_vqvae import tiny as tiny_vqvae
 
 TINY = "--width 16 --mults 1 1 --batch-size 8 --sample-steps 3 --steps 2 --device cpu".split()
 
@@ -196,8 +202,8 @@ def test_generative_classifier_in_miniature(density, monkeypatch):
     """The table, the picture, and a checkpoint from which pixelcnn.py samples."""
     digits = ddpm.load_data("mnist", "train", ROOT / "data")
     monkeypatch.setattr(pixelcnn, "load_data", lambda *a: tuple(x[:40] for x in digits))
-    said = call(generative_classifier, *"--rounds 1 --fresh 20 --steps 2 --batch 4 --num 10".split(),
-                "--model", density, cwd=density.parent)
+    said = call(generative_classifier, "--steps", 2, "--num", 10, "--model", density,
+                cwd=density.parent)
     out = density.parent / "out/generative_classifier"
     assert len(re.findall(r"\| (?:0\.\d{4}|1\.0000) \|", said)) == 2 and (out / "samples.png").exists()
     call(pixelcnn, "--sample", "--num", 2, "--out", out, cwd=density.parent)
@@ -326,3 +332,126 @@ def test_tally(page):
     for wrong in (dict(one, id="x"), dict(one, votes=["up"])):
         with pytest.raises(ValueError):
             human_eval.tally(key, [wrong])
+
+
+# ---- codebooks.py, bench_vqvae.py ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.25, 0.5])
+def test_gradient_codebook_moves_what_it_should(beta):
+    """beta scales the pull on z, not that on the vectors (the known slip is the reverse); the
+    decoder's error moves z alone."""
+    torch.manual_seed(0)
+    book, z = codebooks.Gradient(5, 3, beta).eval(), some_z().requires_grad_()
+    q, codes, extra = book(z)
+    away = (z - book.vectors[codes]).detach()
+    on_z, on_vectors = torch.autograd.grad(extra, (z, book.vectors))
+    assert torch.allclose(on_z, 2 * beta * away / z.numel(), atol=1e-7)
+    pull = torch.zeros(5, 3).index_add_(0, codes.flatten(), -2 * away.flatten(0, 2)) / z.numel()
+    assert torch.allclose(on_vectors, pull, atol=1e-7)
+    on_z, on_vectors = torch.autograd.grad(q.sum(), (z, book.vectors), allow_unused=True)
+    assert torch.equal(on_z, torch.ones_like(z)) and on_vectors is None
+
+
+def test_unused_codes_of_the_gradient_codebook_restart():
+    """At some z; a step leaves all others to the optimiser."""
+    torch.manual_seed(0)
+    book, z = codebooks.Gradient(5, 3, 0.25), some_z()
+    with torch.no_grad():
+        book.vectors[2], book.count[2] = 50.0, 1e-9
+    before = book.vectors.detach().clone()
+    book(z)
+    assert (book.vectors[2] == z.flatten(0, 2)).all(1).any()
+    keep = [0, 1, 3, 4]
+    assert torch.equal(book.vectors[keep], before[keep]) and book.count[2] == 1
+
+
+@pytest.mark.parametrize("levels", [[2], [3, 2], [8, 5, 4], [7, 6]])
+def test_rounding_is_a_bijection(levels):
+    """Each code's vector has that code, in bfloat16 too; they are K different ones in [-1, 1]; no z
+    leads elsewhere."""
+    book = codebooks.Rounding(levels)
+    assert book.vectors.min() == -1 and book.vectors.max() == 1
+    assert len(book.vectors.unique(dim=0)) == len(book.vectors) == book.K
+    z = torch.atanh(book.vectors * (1 - 0.5 / max(levels)))[None, None]
+    for wide in (z, z.bfloat16()):
+        q, codes, extra = book(wide)
+        assert codes.flatten().tolist() == list(range(book.K)) and extra == 0
+        assert torch.allclose(q[0, 0], book.vectors, atol=1e-6)
+    codes = book(8 * torch.randn(1, 50, 50, len(levels)))[1]
+    assert 0 <= codes.min() and codes.max() < book.K
+
+
+def test_rounding_is_to_the_nearest_level():
+    """Of the squashed number, by brute force; the gradient is that of the squashing."""
+    z = torch.randn(1, 50, 3, 2, requires_grad=True)
+    q = codebooks.Rounding([4, 5])(z)[0]
+    for i, n in enumerate((4, 5)):
+        levels, y = torch.linspace(-1, 1, n), torch.tanh(z[..., i])
+        want = levels[(y[..., None] - levels).abs().argmin(-1)]
+        assert torch.allclose(q[..., i], want, atol=1e-6)
+    q.sum().backward()
+    assert torch.allclose(z.grad, 1 - torch.tanh(z.detach()) ** 2, atol=1e-6)
+
+
+def test_logistic_is_a_distribution():
+    """The 256 levels sum to 1, for a narrow one and a centre outside too; gradients are finite;
+    the tail has no floor."""
+    x = (torch.arange(256) * 2 / 255 - 1)[:, None]
+    centre = torch.tensor([-1.2, -0.3, 0.999, 4.0], requires_grad=True)
+    log_scale = torch.tensor([-7.0, -3.0, -5.0, 0.5], requires_grad=True)
+    log_p = codebooks.log_bin(x, centre, log_scale)
+    assert torch.allclose(log_p.exp().sum(0), torch.ones(4), atol=1e-4)
+    log_p.sum().backward()
+    assert centre.grad.isfinite().all() and log_scale.grad.isfinite().all()
+    far = codebooks.log_bin(torch.tensor(-1.0), torch.tensor(1.0), torch.tensor(-7.0)).item()
+    assert far == pytest.approx((-2 + 1 / 255) * math.exp(7), rel=1e-5)
+
+
+def test_bound_by_hand():
+    """Of 600 images in batches of 500, from the logits and from log p(x | codes); the head alone
+    gets a gradient."""
+    _, model = tiny_vqvae()
+    images = torch.randint(256, (600, 1, 8, 12), dtype=torch.uint8)
+    x, y = vqvae.to_float(images), torch.arange(600) % 3
+    head = torch.nn.ConvTranspose2d(4, 2, 4, stride=2, padding=1)
+    prior, image = codebooks.bound(model, head, images, y)
+    codes = vqvae.codes_of(model.autoencoder, images)
+    with torch.no_grad():
+        logp = model.prior(codes.flatten(1), y).log_softmax(-1)
+        logp = logp.gather(2, codes.flatten(1)[..., None])
+        q = model.autoencoder.codebook.vectors[codes].permute(0, 3, 1, 2)
+        shift, log_scale = head(model.autoencoder.decoder[:-1](q)).chunk(2, 1)
+        nats = codebooks.log_bin(x, model.autoencoder.decoder(q) + shift, log_scale - 3)
+    assert prior == pytest.approx(-logp.sum().item() / 600 / 96 / math.log(2), rel=1e-4)
+    assert image == pytest.approx(-nats.sum().item() / 600 / 96 / math.log(2), rel=1e-4)
+    codebooks.image_bits(head, model.autoencoder, x, codes).backward()
+    assert head.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_codebooks_in_miniature(tmp_path):
+    """Both tables, of a model and data that take no time."""
+    images = np.random.default_rng(0).integers(256, size=(40, 8, 12, 1), dtype=np.uint8)
+    np.savez(tmp_path / "own.npz", images=images)
+    call(vqvae, *SMALL, cwd=tmp_path)
+    said = call(codebooks, "--model", "out/vqvae/model.pt", "--seconds", 0.2, cwd=tmp_path)
+    for name in ("Codebook", "Gradient", "Rounding"):
+        assert re.search(rf"\| {name} \| \d+ \| [\d.]+ \| \d+ \| [\d.]+ \|", said)
+    total, prior, image = map(float, re.findall(r"\d\.\d{4}", said.splitlines()[-1]))
+    assert total == pytest.approx(prior + image, abs=2e-4)
+
+
+def test_bench_vqvae_takes_turns(tmp_path, monkeypatch):
+    """With a stand-in for the other library."""
+    class VectorQuantize(torch.nn.Module):
+        def __init__(self, dim, codebook_size, decay, commitment_weight):
+            super().__init__()
+
+        def forward(self, z):
+            return z, None, z.new_zeros(1)
+
+    monkeypatch.setitem(sys.modules, "vector_quantize_pytorch",
+                        SimpleNamespace(VectorQuantize=VectorQuantize))
+    said = call(bench_vqvae, "--codes", 8, "--rounds", 1, "--device", "cpu", cwd=tmp_path)
+    assert re.search(r"K = 8: vqvae.py [\d.]+ ms, vector-quantize-pytorch [\d.]+ ms per step", said)

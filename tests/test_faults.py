@@ -7,8 +7,8 @@ import signal
 import warnings
 
 import bench_faults
+import dalle_mini
 import pytest
-import vqvae
 from inprocess import call
 
 
@@ -19,7 +19,7 @@ def loaders(tmp_path_factory):
 
 
 KINDS = ["idx", "npz of images", "npy of images", "npz of pairs", "npz of clips", "npz of cameras",
-         "png for a prompt", "checkpoint", "codes"]
+         "png for a prompt", "checkpoint"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -46,11 +46,11 @@ def test_kill_full_disk_and_two_runs(tmp_path):
     """Killed while it writes checkpoints; then the next is too long for the disk; then a second
     training in the same folder. Each time the checkpoint is whole."""
     bench_faults.make_data(tmp_path)
-    bench_faults.kill_nine("vqvae", tmp_path, 1, random.Random(0))
-    size = (tmp_path / "vqvae/model.pt").stat().st_size
-    assert "File too large" in bench_faults.full_disk("vqvae", tmp_path, limit=size // 2)
-    assert "another training" in bench_faults.two_runs("vqvae", tmp_path, again=False)
-    assert vqvae.read_checkpoint(tmp_path / "vqvae/model.pt")["step"] > 0
+    bench_faults.kill_nine("dalle_mini", tmp_path, 1, random.Random(0))
+    size = (tmp_path / "dalle_mini/model.pt").stat().st_size
+    assert "File too large" in bench_faults.full_disk("dalle_mini", tmp_path, limit=size // 2)
+    assert "another training" in bench_faults.two_runs("dalle_mini", tmp_path, again=False)
+    assert dalle_mini.read_checkpoint(tmp_path / "dalle_mini/model.pt")["step"] > 0
 
 
 @pytest.mark.parametrize("module", bench_faults.FILES, ids=lambda m: m.__name__)

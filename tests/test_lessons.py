@@ -26,6 +26,8 @@ LESSONS = {  # flags of a tiny network
     "pixelcnn": "--num 20 --width 8 --dilations 1 2 --hidden 8 --levels 16 --batch-size 8",
     "ddpm": "--num 20 --width 16 --mults 1 1 --batch-size 8 --sample-steps 3",
     "fid": "--width 4 --batch-size 8",
+    "vqvae": "--num 20 --width 8 --blocks 1 --code-dim 4 --codebook-size 6 --codes-steps 8 "
+             "--codes-batch-size 8 --prior-width 32 --prior-layers 1 --batch-size 8",
 }
 USE = {name: ["--sample"] for name in LESSONS} | {"fid": ["own.npz", "own.npz"]}  # a checkpoint
 each_lesson = pytest.mark.parametrize("name", LESSONS)
