@@ -245,7 +245,7 @@ def test_all_verbs_from_one_checkpoint(tmp_path):
              "--levels 16 --num 8 --device cpu --complete --score --classify --receptive-field")
     for arch in KINDS:
         said = call(pixelcnn, *flags.split(), "--arch", arch, "--out", arch, cwd=tmp_path)
-        for name in ("samples", "complete", "receptive_field", "step_000002"):
+        for name in ("samples", "complete", "receptive_field"):
             assert (tmp_path / arch / f"{name}.png").exists(), name
         assert "(uniform: 4 bits/dim)" in said and "classified correctly" in said
         assert said.count("bits/dim") >= 4 and "shuffled pixels" in said
