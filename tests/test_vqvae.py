@@ -291,6 +291,21 @@ def test_training_reports_held_out_losses(own):
     assert (own / "out/vqvae/reconstruction.png").exists()
 
 
+def test_checkpoint_holds_the_averaged_prior(own):
+    """By hand: a spy sees the weights of all four steps."""
+    seen, update = [], vqvae.ema_update
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vqvae, "ema_update", lambda ema, model, step: (
+            seen.append(model.head.bias.detach().clone()), update(ema, model, step)))
+        call(vqvae, *SMALL, "--out", "average", cwd=own)
+    want = torch.zeros(6)
+    for step, bias in enumerate(seen, 1):
+        want = want + 10 / (step + 10) * (bias - want)
+    ckpt = torch.load(own / "average/model.pt", weights_only=True)
+    assert len(seen) == 4 and torch.equal(ckpt["model"]["head.bias"], seen[-1])
+    assert torch.allclose(ckpt["ema"]["prior.head.bias"], want) and want.abs().min() > 0
+
+
 @pytest.mark.parametrize("checkpoint", [1, 2, 3])
 def test_resumes_to_the_bit(own, checkpoint, monkeypatch):
     """Killed right after any checkpoint, of either stage or between them, and resumed: the same
