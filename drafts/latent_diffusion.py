@@ -65,11 +65,11 @@ HPARAMS = {  # each row is a flag; --size picks the column. paper: the U-Net of 
     "groups": (8, 8, 32, 32, "unet: groups of the group norms"),
     "heads": (2, 2, 8, 8, "unet: attention heads"),
     "patch": (2, 2, 1, 2, "flux: patch x patch latents are one token"),
-    "width": (192, 192, 384, 3072, "flux: channels of a token"),
+    "width": (128, 128, 384, 3072, "flux: channels of a token"),
     "double": (2, 2, 4, 19, "flux: blocks with separate weights for text and image"),
     "single": (2, 2, 8, 38, "flux: blocks with shared weights"),
-    "flux_heads": (6, 6, 8, 24, "flux: attention heads"),
-    "steps": (3000, 5000, 50_000, 500_000, "training steps of the second stage"),
+    "flux_heads": (4, 4, 8, 24, "flux: attention heads"),
+    "steps": (3000, 5500, 50_000, 500_000, "training steps of the second stage"),
     "batch_size": (64, 64, 512, 2048, "scenes per step of either stage, over all GPUs"),
     "lr": (4e-3, 2e-3, 3e-4, 1e-4, "peak learning rate of the second stage"),
     "every": (500, 500, 5000, 10_000, "steps between checkpoints"),
@@ -431,7 +431,7 @@ def rotary(x, place):
     """Rotate pairs of channels of x (B, heads, n, d) by angles proportional to place (n, 2), half
     of the pairs by the row and half by the column: q k then depends on differences of places."""
     quarter = x.shape[3] // 4
-    freq = 100.0 ** (-torch.arange(quarter, device=x.device) / quarter)
+    freq = 100.0 ** (-torch.arange(quarter, device=x.device) / quarter)  # Flux: 10,000
     angle = (place[:, :, None] * freq).flatten(1)  # (n, d / 2)
     a, b = x.float().unflatten(3, (-1, 2)).unbind(4)  # (B, heads, n, d / 2) each
     rotated = [a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()]
@@ -580,7 +580,7 @@ class Denoiser(nn.Module):
 
     def denoise(self, z, t, context):
         """z (B, D, h, w), t (B,) in 0..1, context (B, N, E) -> the output (B, D, h, w)."""
-        if self.coordinates:  # convolutions know where they are only by the padding (CoordConv)
+        if self.coordinates:  # the networks know differences of places, and little more (CoordConv)
             rows, cols = (torch.linspace(-1, 1, n, device=z.device) for n in z.shape[2:])
             where = torch.stack(torch.meshgrid(rows, cols, indexing="ij"))  # (2, h, w)
             z = torch.cat([z, where.expand(len(z), -1, -1, -1)], dim=1)
@@ -707,11 +707,11 @@ def train_denoiser(args, model, ckpt):
     images, texts, _ = load_scenes(args.scenes, "train", "seen", args, turned=0.25)
     autoencoder, text = model.autoencoder, to_tokens(texts).to(args.device)
     z = latents_of(autoencoder, images)
-    if not ckpt:
+    if not ckpt:  # from now on latents have mean 0 and standard deviation 1
         autoencoder.shift.copy_(z.mean())
         autoencoder.scale.copy_(z.std())
         z = (z - autoencoder.shift) / autoencoder.scale
-    tests = [load_scenes(250, "test", pairs, args) for pairs in ("seen", "held-out")]
+    tests = [load_scenes(250, "test", pairs, args)[:2] for pairs in ("seen", "held-out")]
     none = to_tokens([""]).to(args.device)
     net = copy.deepcopy(model.denoiser).train()
     opt = torch.optim.Adam(net.parameters(), args.lr, (0.9, 0.95), fused=True)
@@ -751,7 +751,7 @@ def train_denoiser(args, model, ckpt):
         if RANK == 0 and (step % args.every == 0 or step == args.steps):
             save_checkpoint(args, step, ema=model.state_dict(), model=net.state_dict(),
                             optimizer=opt.state_dict())
-            seen, held_out = (held_out_loss(args, model, *scenes[:2]) for scenes in tests)
+            seen, held_out = (held_out_loss(args, model, *scenes) for scenes in tests)
             tqdm.write(f"step {step:,}: loss {seen:.4f} in scenes of test digits, {held_out:.4f} "
                        "if pairs are held out")
             drawn = generate(args, model, [text for text in PROMPTS for _ in range(8)])

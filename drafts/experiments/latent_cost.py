@@ -28,17 +28,17 @@ def unet(args, C):
                                   args.groups)
 
 
-def inputs(args, B, C, size, device):
+def inputs(args, B, C, size, tokens, device):
     """x, t, context."""
     return (torch.randn(B, C, size, size, device=device), torch.rand(B, device=device) * 1000,
-            torch.randn(B, ld.TEXT_LENGTH, args.text_width, device=device))
+            torch.randn(B, tokens, args.text_width, device=device))
 
 
-def flops(args, C, size):
+def flops(args, C, size, tokens):
     """Of one image: an evaluation, and a training step (forward and backward)."""
     counts = []
     with torch.device("meta"):  # shapes alone
-        net, data = unet(args, C), inputs(args, 1, C, size, "meta")
+        net, data = unet(args, C), inputs(args, 1, C, size, tokens, "meta")
         for training in (False, True):
             with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
                 out = net(*data)
@@ -48,10 +48,10 @@ def flops(args, C, size):
     return counts
 
 
-def timed(args, C, size):
+def timed(args, C, size, tokens):
     """Functions that compute an evaluation and a training step of a batch."""
     net = unet(args, C).to(args.device)
-    x, t, context = inputs(args, args.batch_size, C, size, args.device)
+    x, t, context = inputs(args, args.batch_size, C, size, tokens, args.device)
     opt = torch.optim.Adam(net.parameters(), 1e-4, fused=True)
 
     def evaluation():
@@ -74,8 +74,8 @@ def main(argv=None):
     p.add_argument("--rounds", type=int, default=5, help="measurements of each, in turns")
     a, flags = p.parse_known_args(argv)
     args = ld.parse_args(flags)
-    kinds = {f"latents, {args.latent_dim} x 8 x 8": (args.latent_dim, 8),
-             "pixels, 3 x 32 x 32": (3, 32)}
+    kinds = {f"latents, {args.latent_dim} x 8 x 8": (args.latent_dim, 8, ld.TEXT_LENGTH),
+             "pixels, 3 x 32 x 32": (3, 32, ld.TEXT_LENGTH)}
     functions = {name: timed(args, *kind) for name, kind in kinds.items()}
     times = {name: [] for name in kinds}
     for _ in range(a.rounds + 1):
@@ -97,8 +97,8 @@ def main(argv=None):
         print(f"| {name} | {counts[0] / 1e9:.4f}, {counts[1] / 1e9:.4f} | {ms[0]:.2f}, {ms[1]:.2f} "
               f"| FLOP {ratios[0]:.1f}, {ratios[1]:.1f}; ms {ratios[2]:.1f}, {ratios[3]:.1f} |")
     paper, first = ld.parse_args(["--size", "paper"]), None
-    for name, kind in {"Stable Diffusion 1: latents, 4 x 64 x 64": (4, 64),
-                       "Stable Diffusion 1: pixels, 3 x 512 x 512": (3, 512)}.items():
+    for name, kind in {"Stable Diffusion 1: latents, 4 x 64 x 64": (4, 64, 77),
+                       "Stable Diffusion 1: pixels, 3 x 512 x 512": (3, 512, 77)}.items():
         counts = flops(paper, *kind)
         first = first or counts
         print(f"| {name} | {counts[0] / 1e9:,.0f}, {counts[1] / 1e9:,.0f} | | "

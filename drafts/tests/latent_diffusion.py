@@ -282,7 +282,7 @@ def test_stable_diffusion_1_has_859520964_parameters(capsys):
     for line in ("Conv2d(4, 320, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))",
                  "Linear(in_features=320, out_features=1280, bias=True)",
                  "Linear(in_features=1280, out_features=1280, bias=True)",
-                 "GroupNorm(32, 320, eps=1e-05, affine=True)",
+                 "GroupNorm(32, 320, eps=1e-05, affine=True",
                  "Conv2d(320, 4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))"):
         assert line in text
 
