@@ -3,14 +3,14 @@
     python pixelcnn.py --train                    MNIST, in minutes on a laptop
     python pixelcnn.py --sample                   100 digits from your model, or the pretrained one
     python pixelcnn.py --bpd --complete --score --classify          what a density is good for
-    python pixelcnn.py --train --arch plain --out out/plain         the slide's masked convolutions
+    python pixelcnn.py --train --arch plain --num 10 --out out/plain    the slide's convolutions
 
-The chain rule turns p(image) into one small question per pixel: which value comes next, given all
-pixels before it? In training, one pass of a convolutional network answers all of these at once.
+The chain rule turns p(image) into one prediction per pixel: which value comes next, given all
+pixels before it? In training, one pass of a convolutional network makes all of these at once.
 
-Slides     Basics, Discriminative vs. Generative, Recall: Bayes' Rule, Autoregressive Models,
-           Autoregressive Distribution Estimation, Sampling, Inference, Learning - CNN,
-           Learning - CNN Receptive Field, Results
+Slides     Basics, Discriminative vs. Generative, Generative Models, Recall: Bayes' Rule,
+           Autoregressive Models, Autoregressive Distribution Estimation, Sampling, Inference,
+           Learning - CNN, Learning - CNN Receptive Field, Results
 Equations  density     p(x | y) = prod_i p(x_i | x_1, ..., x_{i-1}, y),   i in reading order
            pixel       p(x_i = k | ...) = softmax over K levels: the exact distribution
            loss        -log2 p(x | y) / (C H W), in bits/dim
@@ -50,7 +50,7 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "arch": ("gated", "gated", "gated: two stacks; plain: the slide's masked convolutions"),
     "levels": (256, 256, "K: grey levels, or values per colour channel"),
     "width": (32, 96, "D: channels"),
-    "dilations": ([1, 2, 4, 1, 2, 4, 1], [1, 2, 4, 1, 2, 4, 1, 2, 4, 1], "one block each"),
+    "dilations": ([1, 2, 4, 1, 2, 4, 1], [1, 2, 4, 1, 2, 4, 1, 2, 4, 1], "one block for each"),
     "hidden": (64, 256, "channels before the logits"),
     "steps": (3600, 60_000, "training steps"),
     "batch_size": (16, 128, "images per step, over all GPUs"),
@@ -104,64 +104,66 @@ class MaskedConv(nn.Conv2d):
 # (--receptive-field draws it). Two stacks have none. Instead of masks, they shift and pad.
 
 
-class Above(nn.Module):
-    """Convolution of the vertical stack. The last of its rows is the pixel's own row, or, in the
-    first layer, the row above, so that from there on v may use its own row."""
+class VerticalConv(nn.Conv2d):
+    """Convolution of the vertical stack: (B, top + H, W, D_in) -> (B, H, W, D_out). Its input
+    starts with the `top` rows that the first row of the output needs."""
 
-    def __init__(self, D_in, D_out, rows, cols, dilation=1, first=False):
-        super().__init__()
-        self.conv = nn.Conv2d(D_in, D_out, (rows, cols), dilation=dilation)
-        self.top = dilation * (rows - 1) + first  # rows needed above the pixel's own
-        self.side = dilation * (cols // 2)
-        self.first = first
+    def __init__(self, D_in, D_out, rows, cols, dilation=1):
+        side = dilation * (cols // 2)
+        super().__init__(D_in, D_out, (rows, cols), dilation=dilation, padding=(0, side))
+        self.top = dilation * (rows - 1)
 
-    def forward(self, v, above=None):
-        """v (B, H, W, D_in) -> (B, H, W, D_out). above (B, top, W, D_in): zeros by default."""
-        x = F.pad(v, (0, 0, 0, 0, self.top, 0)) if above is None else torch.cat([above, v], dim=1)
-        x = F.pad(x.permute(0, 3, 1, 2), (self.side, self.side))
-        return self.conv(x[:, :, :-1] if self.first else x).permute(0, 2, 3, 1)
+    def forward(self, v):
+        return super().forward(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def pad_top(v, rows):
+    """v (B, H, W, D) below `rows` rows of zeros."""
+    return F.pad(v, (0, 0, 0, 0, rows, 0))
 
 
 def left(h, d):
-    """h (B, H, W, D) shifted right by d columns: every pixel gets what lies d to its left."""
+    """h (B, H, W, D) shifted right by d columns: every pixel reads the pixel d to its left."""
     return F.pad(h, (0, 0, d, 0))[:, :, :h.shape[2]]
 
 
 class Block(nn.Module):
-    """A gated block: v grows by what lies above, h by what lies to the left, and by v.
+    """A gated block: v takes in the rows above; h takes in the pixels to the left, and v.
 
     There is no blind spot within the reach of 3 + the sum of all dilations, provided that they
-    leave no gap: in ascending order, each is at most 3 + the sum of the smaller ones.
+    leave no gap: in ascending order, each is at most 3 + the sum of those before it.
     """
 
     def __init__(self, D, classes, dilation):
         super().__init__()
-        self.above = Above(D, 2 * D, 2, 3, dilation)
+        self.conv = VerticalConv(D, 2 * D, 2, 3, dilation)
         self.across = nn.Linear(3 * D, 2 * D)
         self.out = nn.Linear(D, D)
         self.label = nn.Embedding(classes + 1, 4 * D)  # the last one means "none"
         nn.init.normal_(self.label.weight, std=0.05)
         self.dilation = dilation
 
-    def vertical(self, v, label, above=None):
-        """What is added to v. The gate is a * sigmoid(b); the paper has tanh(a) * sigmoid(b)."""
-        return F.glu(self.above(v, above) + label, dim=-1)
+    def vertical(self, v, label):
+        """The update of v. The gate is a * sigmoid(b); the paper has tanh(a) * sigmoid(b)."""
+        return F.glu(self.conv(v) + label, dim=-1)
 
-    def horizontal(self, h, further, up, label):
-        """h after the block, from h itself, h at `dilation` pixels to the left, and up."""
-        return h + self.out(F.glu(self.across(torch.cat([h, further, up], dim=-1)) + label, dim=-1))
+    def horizontal(self, h, h_left, update, label):
+        """The new h, from h, from h `dilation` pixels to the left, and from the update of v."""
+        gated = F.glu(self.across(torch.cat([h, h_left, update], dim=-1)) + label, dim=-1)
+        return h + self.out(gated)
 
     def forward(self, v, h, y):  # (B, H, W, D), (B, H, W, D), (B,)
         label_v, label_h = self.label(y)[:, None, None].chunk(2, dim=-1)  # (B, 1, 1, 2 D)
-        up = self.vertical(v, label_v)
-        return v + up, self.horizontal(h, left(h, self.dilation), up, label_h)
+        update = self.vertical(pad_top(v, self.conv.top), label_v)
+        return v + update, self.horizontal(h, left(h, self.dilation), update, label_h)
 
 
 # ---- 4. The networks -----------------------------------------------------------------------------
 
 
 class PixelCNN(nn.Module):
-    """What both networks share: embedded levels, biases, and the output layers."""
+    """What both networks share: embedded levels, biases, and the output layers. A subclass defines
+    trunk(e, y): features (B, H, W, D) of every pixel, from the pixels before it."""
 
     def __init__(self, shape, K, classes, D, hidden):
         super().__init__()
@@ -169,12 +171,11 @@ class PixelCNN(nn.Module):
         self.K, self.classes = K, classes
         self.embeddings = nn.ModuleList(nn.Embedding(K, 16) for _ in range(C))
         # Not in the papers: a bias for every position, since digits are centred, and one for every
-        # class and 4 x 4 pixels, which tells the class better than Block.label can. They are added
-        # at three depths. Finer class biases overfit, and guidance turns their noise into specks.
+        # class and 4 x 4 pixels, which conveys the class better than Block.label alone. They are
+        # added to v and h after the first layer, and to h before the output layers. Finer class
+        # biases overfit, and guidance turns their noise into specks.
         self.position = nn.Parameter(torch.zeros(3, H, W, D))
-        self.coarse = (3 * D, -(-H // 4), -(-W // 4))
-        self.class_bias = nn.Embedding(classes + 1, math.prod(self.coarse))
-        nn.init.zeros_(self.class_bias.weight)
+        self.class_bias = nn.Parameter(torch.zeros(classes + 1, 3 * D, -(-H // 4), -(-W // 4)))
         self.hidden = nn.Linear(D, hidden)
         self.earlier = nn.ModuleList(nn.Embedding(K, hidden) for _ in range(C - 1))
         self.logits = nn.ModuleList(nn.Linear(hidden, K) for _ in range(C))
@@ -186,9 +187,8 @@ class PixelCNN(nn.Module):
     def biases(self, y):
         """Three biases (B, H, W, D), for classes y (B,)."""
         _, H, W, D = self.position.shape
-        coarse = self.class_bias(y).view(-1, *self.coarse)  # (B, 3 D, H / 4, W / 4)
-        fine = F.interpolate(coarse, (H, W), mode="bilinear").view(-1, 3, D, H, W)
-        return (self.position + fine.permute(0, 1, 3, 4, 2)).unbind(1)
+        fine = F.interpolate(self.class_bias[y], (H, W), mode="bilinear")  # (B, 3 D, H, W)
+        return (self.position + fine.view(-1, 3, D, H, W).permute(0, 1, 3, 4, 2)).unbind(1)
 
     def head(self, h, x, c):
         """Logits (B, ..., K) of channel c, from h (B, ..., D) and levels x (B, C, ...). G also
@@ -210,13 +210,14 @@ class Gated(PixelCNN):
     def __init__(self, shape, K, classes, D, dilations, hidden):
         super().__init__(shape, K, classes, D, hidden)
         E = 16 * shape[0]
-        self.above = Above(E, D, 3, 7, first=True)  # the 3 rows above
-        self.across = nn.Linear(3 * E + D, D)  # the 3 pixels to the left, and v
+        self.conv = VerticalConv(E, D, 3, 7)  # of the 3 rows above
+        self.across = nn.Linear(3 * E + D, D)  # of the 3 pixels to the left, and v
         self.blocks = nn.ModuleList(Block(D, classes, d) for d in dilations)
 
     def trunk(self, e, y):
         bias_v, bias_h, bias_out = self.biases(y)
-        v = self.above(e)
+        # Row i of v knows only the image rows above i. Later layers may therefore read v's row i.
+        v = self.conv(pad_top(e, 3)[:, :-1])
         h = self.across(torch.cat([left(e, 1), left(e, 2), left(e, 3), v], dim=-1)) + bias_h
         v = v + bias_v
         for block in self.blocks:
@@ -231,13 +232,12 @@ class Plain(PixelCNN):
         super().__init__(shape, K, classes, D, hidden)
         self.first = MaskedConv("A", 16 * shape[0], D)
         self.blocks = nn.ModuleList(MaskedConv("B", D, D) for _ in dilations)
-        self.label = nn.ModuleList(nn.Embedding(classes + 1, D) for _ in dilations)
 
     def trunk(self, e, y):
         _, bias_h, bias_out = self.biases(y)
         h = self.first(e.permute(0, 3, 1, 2)) + bias_h.permute(0, 3, 1, 2)  # (B, D, H, W)
-        for conv, label in zip(self.blocks, self.label):
-            h = h + F.relu(conv(F.relu(h)) + label(y)[:, :, None, None])
+        for conv in self.blocks:
+            h = h + F.relu(conv(F.relu(h)))
         return h.permute(0, 2, 3, 1) + bias_out
 
 
@@ -264,24 +264,25 @@ def log_probs(model, x, y):
     return torch.cat([log_prob(model, a, b).cpu().double() for a, b in batches])
 
 
-def to_bits(nats, shape):
-    """Nats per image -> bits per dimension."""
-    return nats / (math.prod(shape) * math.log(2))
+def to_bits(log_p, shape):
+    """log p(x) in nats -> -log2 p(x) / (C H W), in bits/dim."""
+    return -log_p / (math.prod(shape) * math.log(2))
 
 
 # ---- 6. Sampling (slide Sampling) ----------------------------------------------------------------
 # Both samplers draw levels into x (B, C, H, W) where it is -1, and keep the others. y (B,) are the
-# classes, u (B, C, H, W) uniform random numbers in [0, 1). The batch runs with y and with "none".
+# classes, u (B, C, H, W) uniform random numbers in [0, 1). The networks run on a doubled batch: its
+# first half has the classes y, its second half "none", for guidance.
 
 
 def draw(logits, u):
     """Levels (B,) from logits (B, K): where u (B,) falls in the cumulative distribution."""
     p = logits.float().softmax(1).cumsum(1)
-    return torch.searchsorted(p, u[:, None] * p[:, -1:])[:, 0].clamp(max=logits.shape[1] - 1)
+    return torch.searchsorted(p, u[:, None] * p[:, -1:], right=True)[:, 0]
 
 
 def draw_pixel(model, h, x, u, i, j, guidance):
-    """Draw the channels of pixel (i, j) into x, from features h (2 B, D): with y, then without."""
+    """Draw the channels of pixel (i, j) into x, from its features h (2 B, D)."""
     for c in range(x.shape[1]):
         cond, uncond = model.head(h, x[:, :, i, j].repeat(2, 1), c).chunk(2)  # (B, K) each
         level = draw(uncond + guidance * (cond - uncond), u[:, c, i, j])
@@ -292,7 +293,7 @@ def draw_pixel(model, h, x, u, i, j, guidance):
 def sample_naive(model, x, y, u, guidance=1.0):
     """The slide's loop: the whole network, again for every pixel."""
     x, y = x.clone(), torch.cat([y, torch.full_like(y, model.classes)])
-    for i in range(x.shape[2]):
+    for i in tqdm(range(x.shape[2]), "rows", leave=False):
         for j in range(x.shape[3]):
             e = model.embed(x.clamp(min=0).repeat(2, 1, 1, 1))
             h = model.trunk(e, y)[:, i, j]
@@ -302,30 +303,29 @@ def sample_naive(model, x, y, u, guidance=1.0):
 
 @torch.no_grad()
 def sample(model, x, y, u, guidance=1.0):
-    """The same pixels from a Gated model, 100 times faster: the vertical stack is computed once per
-    row, the horizontal stack once per pixel, both from cached features of earlier ones."""
+    """The same pixels from a Gated model, 100 times faster: v is computed once per row and h once
+    per pixel, both from cached features of earlier rows and pixels."""
     x, y = x.clone(), torch.cat([y, torch.full_like(y, model.classes)])
     B, H, W = len(y), x.shape[2], x.shape[3]
     bias_v, bias_h, bias_out = model.biases(y)
     zeros, D = bias_v.new_zeros, bias_v.shape[3]
     labels = [block.label(y)[:, None, None].chunk(2, dim=-1) for block in model.blocks]
     e = zeros(B, H + 3, W + 3, 16 * x.shape[1])  # 3 rows above the image, 3 columns to its left
-    rows = [zeros(B, block.above.top + H, W, D) for block in model.blocks]  # every block's v
+    v_caches = [zeros(B, block.conv.top + H, W, D) for block in model.blocks]
     for i in range(H):
-        above = model.above(e[:, i + 3:i + 4, 3:], e[:, i:i + 3, 3:])  # (B, 1, W, D)
-        v, ups = above + bias_v[:, i:i + 1], []
-        for block, cache, (label_v, _) in zip(model.blocks, rows, labels):
-            top = block.above.top
-            ups.append(block.vertical(v, label_v, cache[:, i:i + top]))
-            cache[:, i + top] = v[:, 0]
-            v = v + ups[-1]
-        pixels = [zeros(B, block.dilation + W, D) for block in model.blocks]  # every block's h
+        v_first = model.conv(e[:, i:i + 3, 3:])  # (B, 1, W, D), of the 3 rows above
+        v, updates = v_first + bias_v[:, i:i + 1], []
+        for block, cache, (label_v, _) in zip(model.blocks, v_caches, labels):
+            cache[:, block.conv.top + i] = v[:, 0]
+            updates.append(block.vertical(cache[:, i:i + block.conv.top + 1], label_v))
+            v = v + updates[-1]
+        h_caches = [zeros(B, block.dilation + W, D) for block in model.blocks]
         for j in range(W):
             near = [e[:, i + 3, j + 3 - d] for d in (1, 2, 3)]
-            h = model.across(torch.cat([*near, above[:, 0, j]], dim=-1)) + bias_h[:, i, j]
-            for block, cache, up, (_, label_h) in zip(model.blocks, pixels, ups, labels):
-                cache[:, j + block.dilation] = h
-                h = block.horizontal(h, cache[:, j], up[:, 0, j], label_h[:, 0, 0])
+            h = model.across(torch.cat([*near, v_first[:, 0, j]], dim=-1)) + bias_h[:, i, j]
+            for block, cache, update, (_, label_h) in zip(model.blocks, h_caches, updates, labels):
+                cache[:, block.dilation + j] = h
+                h = block.horizontal(h, cache[:, j], update[:, 0, j], label_h[:, 0, 0])
             draw_pixel(model, h + bias_out[:, i, j], x, u, i, j, guidance)
             e[:, i + 3, j + 3] = model.embed(x[:, :, i, j].repeat(2, 1))
     return x
@@ -355,6 +355,7 @@ def train(args, ckpt=None):
     images, labels = images.to(args.device), labels.to(args.device)
     args.shape = list(images.shape[1:])
     args.classes = int(labels.max()) + 1
+    test = held_out(args, 500)
     torch.manual_seed(args.seed)
     model = build(args)
     ema = copy.deepcopy(model).requires_grad_(False).eval()  # averaged weights: better samples
@@ -383,7 +384,7 @@ def train(args, ckpt=None):
         for group in opt.param_groups:  # warm up for 100 steps, then down to almost 0
             group["lr"] = args.lr * min(1, step / 100) * (1 - (step - 1) / args.steps)
         with autocast(args):
-            loss = -to_bits(log_prob(net, x, y).mean(), args.shape)
+            loss = to_bits(log_prob(net, x, y).mean(), args.shape)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
@@ -394,15 +395,15 @@ def train(args, ckpt=None):
         if RANK == 0 and (step % args.every == 0 or step == args.steps):
             save_checkpoint(args, step, model=model.state_dict(), ema=ema.state_dict(),
                             optimizer=opt.state_dict())
-            bits = -to_bits(log_probs(ema, *held_out(args, 500)).mean(), args.shape)
-            tqdm.write(f"step {step:,}: {bits:.4f} bits/dim of 500 held-out images")
+            bits = to_bits(log_probs(ema, *test).mean(), args.shape)
+            tqdm.write(f"step {step:,}: {bits:.4f} bits/dim of {len(test[0])} held-out images")
             if args.arch == "gated":  # the slide's loop would take minutes
                 picture = grid(generate(args, ema, torch.arange(20) % args.classes), 10)
                 save_picture(args.out / f"step_{step:06}.png", picture)
     return ema
 
 
-# ---- 8. What a trained model is good for (slides Results, Generative Models, Bayes' Rule) --------
+# ---- 8. Using a trained model (slides Results, Generative Models, Recall: Bayes' Rule) -----------
 
 
 def held_out(args, num=None):
@@ -428,8 +429,9 @@ def save_samples(args, model):
 def complete(args, model):
     """Complete test images: complete.png.
 
-    Columns: the image, what is given, four completions with the class and guidance, four without:
-    p(rest | given). In reading order, what lies below or to the right of a gap cannot help."""
+    Columns: the image, the given pixels, four completions with the class and guidance, and four
+    without. A pixel is drawn given only the pixels before it: of a lower half this is p(rest |
+    given); of a right half or a box, given pixels to the right or below cannot help."""
     x, y = held_out(args, 9)
     _, H, W = args.shape
     given = x.clone()
@@ -445,43 +447,40 @@ def complete(args, model):
 
 def bpd(args, model):
     """Bits/dim of the test set, given the class."""
-    nats = -log_probs(model, *held_out(args)).mean()
-    say(f"test set: {to_bits(nats, args.shape):.4f} bits/dim given the class, {nats:.1f} nats "
+    log_p = log_probs(model, *held_out(args)).mean()
+    say(f"test set: {to_bits(log_p, args.shape):.4f} bits/dim given the class, {-log_p:.1f} nats "
         f"(uniform: {math.log2(args.levels):g} bits/dim)")
 
 
 def log_joint(args, model, x):
-    """log p(x, y) of images x (N, C, H, W) and all classes, which are equally likely: (N, classes),
+    """log p(x, y) of images x (N, C, H, W) and all classes, assumed equally likely: (N, classes),
     float64. Its logsumexp is log p(x), its softmax p(y | x)."""
-    y = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    found = [log_probs(model, x, y + c) for c in range(args.classes)]
-    return torch.stack(found, dim=1) - math.log(args.classes)
+    given = [log_probs(model, x, torch.full_like(x[:, 0, 0, 0], y)) for y in range(args.classes)]
+    return torch.stack(given, dim=1) - math.log(args.classes)
 
 
 def classify(args, model):
-    """Classify test images by Bayes' rule; and bits/dim of p(x), without the class."""
+    """Classify test images by Bayes' rule."""
     x, y = held_out(args, 1000)
     joint = log_joint(args, model, x)
-    right = (joint.argmax(1) == y.cpu()).double().mean()
-    px = -to_bits(joint.logsumexp(1).mean(), args.shape)
-    given = -to_bits(log_probs(model, x, y).mean(), args.shape)
-    say(f"of the first {len(x):,} test images, {right:.3f} are classified correctly by p(y | x); "
-        f"bits/dim of p(x): {px:.4f}, given the class: {given:.4f}")
+    correct = (joint.argmax(1) == y.cpu()).double().mean()
+    given = to_bits(log_probs(model, x, y).mean(), args.shape)
+    without = to_bits(joint.logsumexp(1).mean(), args.shape)
+    say(f"of the first {len(x):,} test images, {correct:.3f} are classified correctly by p(y | x); "
+        f"bits/dim given the class {given:.4f}, without {without:.4f}")
 
 
 def score(args, model):
-    """How likely are digits, and other images? The trap: what is simple is likely, digit or not."""
+    """How likely are digits, noise, a black image? Simple images score high, digit or not."""
     x, _ = held_out(args, 200)
-    torch.manual_seed(args.seed)
-    order = torch.randperm(x[0].numel())
+    order = torch.randperm(x[0].numel(), generator=torch.Generator().manual_seed(args.seed))
     sets = {"test images": x, "upside down": x.flip(2),
             "shuffled pixels": x.flatten(1)[:, order].view(x.shape),
             "noise": torch.randint_like(x[:20], args.levels), "black": torch.zeros_like(x[:1]),
             "grey": torch.full_like(x[:1], args.levels // 2)}
-    say(f"{'bits/dim of p(x)':20}{'mean':>10}{'least':>10}{'most':>10}")
     for name, images in sets.items():
-        bits = -to_bits(log_joint(args, model, images).logsumexp(1), args.shape)
-        say(f"{name:20}{bits.mean():10.3f}{bits.min():10.3f}{bits.max():10.3f}")
+        bits = to_bits(log_joint(args, model, images).logsumexp(1), args.shape)
+        say(f"{name:16}{bits.mean():8.3f} bits/dim, {bits.min():.3f} to {bits.max():.3f}")
 
 
 def field_of(model, i, j):
@@ -493,11 +492,11 @@ def field_of(model, i, j):
 
 
 def receptive_field(args, model):
-    """Draw what a pixel sees, block by block, in the gated and in the plain network."""
+    """Draw what a pixel (grey) sees (white), block by block: gated above, plain below."""
     fields = []
-    for kind in (Gated, Plain):
+    for network in (Gated, Plain):
         for n in range(len(args.dilations) + 1):
-            field = field_of(kind([1, 28, 28], 2, 0, 8, args.dilations[:n], 8), 14, 14)
+            field = field_of(network([1, 28, 28], 2, 0, 8, args.dilations[:n], 8), 14, 14)
             fields.append(255 * field.to(torch.uint8))
             fields[-1][14, 14] = 128
     save_picture(args.out / "receptive_field.png", grid(torch.stack(fields)[:, None], n + 1))
@@ -505,7 +504,6 @@ def receptive_field(args, model):
 
 VERBS = {"bpd": bpd, "sample": save_samples, "complete": complete, "classify": classify,
          "score": score, "receptive_field": receptive_field}
-
 
 
 # ---- Plumbing: the same in every file; skip it on a first reading --------------------------------
@@ -677,7 +675,10 @@ def main(argv=None):
         model = train(args, ckpt)
     else:
         model = build(args).eval()
-        model.load_state_dict(ckpt["ema"])
+        try:
+            model.load_state_dict(ckpt["ema"])
+        except RuntimeError:
+            die(f"{path} has another network: leave out the flags that shape it (--arch, --width)")
     if WORLD > 1:
         dist.destroy_process_group()
     if RANK == 0:

@@ -306,6 +306,7 @@ def ema_update(ema, model, step):
 def train_codes(args, model, images, ckpt):
     """First stage: model.autoencoder."""
     net = model.autoencoder
+    test, _ = test_set(args, 1000)
     opt = torch.optim.Adam(net.parameters(), args.codes_lr, (0.9, 0.95), fused=True)
     start = 0
     if ckpt:
@@ -340,10 +341,9 @@ def train_codes(args, model, images, ckpt):
         if RANK == 0 and (step % args.every == 0 or step == args.codes_steps):
             save_checkpoint(args, step, ema=model.state_dict(), optimizer=opt.state_dict())
             net.eval()
-            x, _ = test_set(args, 1000)
-            _, error, used, perplexity = through_codes(net, x)
+            _, error, used, perplexity = through_codes(net, test)
             tqdm.write(f"codes, step {step:,}: squared error {error:.5f}, {used} codes used, "
-                       f"perplexity {perplexity:.1f}, of {len(x):,} held-out images")
+                       f"perplexity {perplexity:.1f}, of {len(test):,} held-out images")
             net.train()
     net.eval()
 
@@ -360,6 +360,8 @@ def train_prior(args, model, images, labels, ckpt):
         opt.load_state_dict(ckpt["optimizer"])
         start = ckpt["step"]
     codes = codes_of(model.autoencoder, images).flatten(1)  # (N, n)
+    test, test_labels = test_set(args, 1000)
+    test_codes = codes_of(model.autoencoder, test).flatten(1)
     if args.compile:
         prior.compile()
     ddp = DistributedDataParallel(prior) if WORLD > 1 else prior
@@ -385,10 +387,9 @@ def train_prior(args, model, images, labels, ckpt):
         if RANK == 0 and (step % args.every == 0 or step == args.steps):
             save_checkpoint(args, step, ema=model.state_dict(), model=prior.state_dict(),
                             optimizer=opt.state_dict())
-            x, y = test_set(args, 500)
-            bits = bits_per_code(model.prior, codes_of(model.autoencoder, x).flatten(1), y)
-            tqdm.write(f"prior, step {step:,}: {bits:.4f} bits per code, of {len(x)} held-out "
-                       f"images (uniform: {math.log2(args.codebook_size):g})")
+            bits = bits_per_code(model.prior, test_codes, test_labels)
+            tqdm.write(f"prior, step {step:,}: {bits:.4f} bits per code, of {len(test_codes):,} "
+                       f"held-out images (uniform: {math.log2(args.codebook_size):g})")
             picture = grid(generate(args, model, torch.arange(20) % args.classes), 10)
             save_picture(args.out / f"step_{step:06}.png", picture)
 
@@ -623,9 +624,10 @@ def parse_args(argv=None, config=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = p.add_argument
     add("--train", action="store_true", help="train both stages, then --reconstruct and --sample")
-    for name, verb in VERBS.items():
-        file = {"type": Path, "metavar": "FILE"} if "FILE" in verb.__doc__ else {}
-        add("--" + name, help=verb.__doc__, **file or {"action": "store_true"})
+    add("--reconstruct", action="store_true", help="test images, from their codes alone")
+    add("--sample", action="store_true", help="sample from OUT/model.pt, or else from pretrained/")
+    add("--compress", type=Path, metavar="FILE", help="images (.npz) into codes")
+    add("--decompress", type=Path, metavar="FILE", help="codes (.npz) into images")
     add("--resume", action="store_true", help="with --train: continue from OUT/model.pt")
     add("--compile", action="store_true", help="torch.compile: slow start, faster steps")
     add("--data", default="mnist", help="mnist, fashion, cifar10, or an .npz with images, labels")

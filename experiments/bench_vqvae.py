@@ -62,8 +62,8 @@ def main(argv=None):
     times = [[clock(step) for step in steps] for _ in range(5 + a.rounds)][5:]  # 5 to warm up
     mine, other = (statistics.median(column) for column in zip(*times))
     ratio = statistics.median(b / m for m, b in times)
-    print(f"K = {a.codes}: vqvae.py {mine:.1f} ms, vector-quantize-pytorch {other:.1f} ms per step, "
-          f"{ratio:.1f} times as long")
+    print(f"K = {a.codes}: vqvae.py {mine:.1f} ms, vector-quantize-pytorch {other:.1f} ms per step,"
+          f" {ratio:.1f} times as long")
 
 
 if __name__ == "__main__":

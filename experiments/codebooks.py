@@ -1,14 +1,12 @@
 """Three codebooks after equal time, and an honest bound on the likelihood of a VQ-VAE.
 
 Slide      VQ-VAE: "replace activations with closest vector from a learned codebook"
-Question   Vectors as running means (vqvae.py), or learned by gradient (the paper's Eq. 3), or none,
-           only rounding (FSQ, Mentzer et al. 2023)? And how good a density is a VQ-VAE?
+Question   Running means (vqvae.py), vectors learned by gradient (the paper's Eq. 3), or rounding
+           without vectors (FSQ, Mentzer et al. 2023)? And how good a density is a VQ-VAE?
 Run        python experiments/codebooks.py            four trainings of 75 s
-           python pixelcnn.py --bpd                   the exact number to compare the bound with
 
 p(x | y) is a sum over all grids of codes. The grid that the encoder chooses is one term of it, so
     -log p(x | y) <= -log p(codes | y) - log p(x | codes).
-p(x | codes): a head on the frozen decoder learns centre and scale of a logistic for each number.
 """
 import argparse
 import math
@@ -26,7 +24,7 @@ import vqvae
 
 
 class Gradient(vqvae.Codebook):
-    """Vectors moved by the gradient of |stop(z) - e|^2. Unused ones restart as in vqvae.py."""
+    """Vectors moved by the gradient of |stop(z) - e|^2; unused ones restart as in vqvae.py."""
 
     def __init__(self, K, D, beta):
         super().__init__(K, D, beta)
@@ -45,8 +43,7 @@ class Gradient(vqvae.Codebook):
 
 
 class Rounding(nn.Module):
-    """Each of the D numbers of z is squashed into [-1, 1] and rounded to one of a few levels. These
-    digits spell the code. The vectors (K, D) are a fixed lattice."""
+    """Every number of z is squashed into [-1, 1] and rounded to a level: a digit of its code."""
 
     def __init__(self, levels):
         super().__init__()
@@ -82,10 +79,14 @@ def train(args, net, images, seconds, loss_of):
     return step
 
 
+def codes_loss(net, x):
+    back, _, extra = net(x)
+    return F.mse_loss(back, x) + extra
+
+
 def log_bin(x, centre, log_scale):
-    """log P(x) in nats of grey levels x in [-1, 1], 2/255 apart, under a logistic distribution cut
-    into 256 bins: sigma(b) - sigma(a) = sigma(b) sigma(-a) (1 - exp(a - b)). The outermost bins
-    take the tails."""
+    """log P(x) in nats of 256 grey levels x in [-1, 1] under a logistic distribution, in bins:
+    sigma(b) - sigma(a) = sigma(b) sigma(-a) (1 - exp(a - b)). The outermost take the tails."""
     inverse = torch.exp(-log_scale.clamp(min=-7))
     a = torch.where(x < -0.999, -math.inf, inverse * (x - centre - 1 / 255))
     b = torch.where(x > 0.999, math.inf, inverse * (x - centre + 1 / 255))
@@ -93,8 +94,8 @@ def log_bin(x, centre, log_scale):
 
 
 def image_bits(head, autoencoder, x, codes):
-    """-log2 p(x | codes) in bits/dim, of images x (B, C, H, W). Only the head gets a gradient: it
-    turns what the decoder's last layer sees into 2 C channels, a shift and a log scale."""
+    """-log2 p(x | codes) in bits/dim, of images x (B, C, H, W): a logistic for every number, whose
+    shift and log scale the head, which alone gets a gradient, reads off the decoder's features."""
     with torch.no_grad():
         q = autoencoder.codebook.vectors[codes]
         features = autoencoder.decoder[:-1](q.permute(0, 3, 1, 2))  # (B, width / 2, H / 2, W / 2)
@@ -124,33 +125,25 @@ def main(argv=None):
     args = vqvae.parse_args([], ckpt["config"])
     images = vqvae.load_data(args.data, "train", args.data_dir)[0].to(args.device)
     test, test_labels = vqvae.test_set(args)
-    C, D, width, K = args.shape[0], args.code_dim, args.width, 240
-    print(f"| K = {K}, {a.seconds:g} s each | steps | squared error | codes used | perplexity |")
-    print("| --- | --- | --- | --- | --- |")
-    for book in (vqvae.Codebook(K, D, args.beta), Gradient(K, D, args.beta), Rounding([8, 6, 5])):
+    size = 240, args.code_dim, args.beta
+    print(f"| {a.seconds:g} s each | steps | error | used | perplexity |\n|---|---|---|---|---|")
+    for book in (vqvae.Codebook(*size), Gradient(*size), Rounding([8, 6, 5])):
         torch.manual_seed(args.seed)
-        net = vqvae.Autoencoder(C, width, args.blocks, book).to(args.device)
+        net = vqvae.Autoencoder(args.shape[0], args.width, args.blocks, book).to(args.device)
         if hasattr(book, "begin"):
             book.begin(net.encode(vqvae.to_float(images[:1000])))
-
-        def loss_of(x, index):
-            back, _, extra = net(x)
-            return F.mse_loss(back, x) + extra
-
-        steps = train(args, net, images, a.seconds, loss_of)
+        steps = train(args, net, images, a.seconds, lambda x, _: codes_loss(net, x))
         _, error, used, perplexity = vqvae.through_codes(net, test)
         print(f"| {type(book).__name__} | {steps:,} | {error:.5f} | {used} | {perplexity:.1f} |")
-
     model = vqvae.build(args).eval()
     model.load_state_dict(ckpt["ema"])
     codes = vqvae.codes_of(model.autoencoder, images)
-    head = nn.Sequential(nn.Conv2d(width // 2, 64, 3, padding=1), nn.ReLU(),
-                         nn.ConvTranspose2d(64, 2 * C, 4, stride=2, padding=1)).to(args.device)
-    steps = train(args, head, images, a.seconds, lambda x, index: image_bits(
-        head, model.autoencoder, x, codes[index]))
+    head = nn.Sequential(nn.Conv2d(args.width // 2, 64, 3, padding=1), nn.ReLU(),
+                         nn.ConvTranspose2d(64, 2 * args.shape[0], 4, 2, 1)).to(args.device)
+    train(args, head, images, a.seconds,
+          lambda x, index: image_bits(head, model.autoencoder, x, codes[index]))
     prior, image = bound(model, head, test, test_labels)
-    print(f"\n{a.model.name}: at most {prior + image:.4f} bits/dim given the class: the codes take "
-          f"{prior:.4f}, the image given its codes {image:.4f} (head: {steps:,} steps)")
+    print(f"at most {prior + image:.4f} bits/dim: codes {prior:.4f}, image given them {image:.4f}")
 
 
 if __name__ == "__main__":

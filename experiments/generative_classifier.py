@@ -8,8 +8,8 @@ Question   By Bayes' rule, p(y | x) is proportional to p(x | y). pretrained/pixe
 Method     Fine-tune on  bits/dim + weight * softplus(log p(x | wrong) - log p(x | right)),  with
            images that the model nearly misclassifies, and the wrong classes that it confuses with
            the right one. Random wrong classes are too easy: their term is nearly zero.
-Run        python experiments/generative_classifier.py         50 minutes on 2 cores: half of them to
-                                                               classify the training images
+Run        python experiments/generative_classifier.py          50 minutes on 2 cores, half of them
+                                                                to classify training images
 Writes     out/generative_classifier/model.pt, a checkpoint for pixelcnn.py --sample; samples.png,
            samples at guidance 1, before and after; gaps.pt, how training images are classified
 """
@@ -43,7 +43,7 @@ def confusions(args, model, x, y):
 
 def hard_pairs(gaps, n):
     """Indices (n,) of images and a wrong class (n,) for each. Three in four images are drawn by how
-    nearly they are misclassified, the others uniformly; a class by how likely it makes the image."""
+    nearly they are misclassified, the others uniformly; classes by how likely they make it."""
     images = torch.sigmoid(gaps.amax(1) / 3).multinomial(n, replacement=True)
     images[:n // 4] = torch.randint(len(gaps), (n // 4,))
     classes = (gaps[images] / 3).softmax(1).multinomial(1)[:, 0]
@@ -73,7 +73,7 @@ def tune(args, model, images, labels, a):
                                      torch.cat([y, labels[i], wrong]).to(args.device))
         likelihood, right, other = nats.split([len(density), len(i), len(i)])
         contrast = F.softplus(other - right).mean()
-        loss = -pixelcnn.to_bits(likelihood.mean(), args.shape) + a.weight * contrast
+        loss = pixelcnn.to_bits(likelihood.mean(), args.shape) + a.weight * contrast
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
@@ -103,8 +103,8 @@ def main(argv=None):
     classifier = fid.choose_features(fid.parse_args(["--out", str(ROOT)]))[0]
     classes = torch.arange(1000) % 10
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.6), layout="constrained")
-    print("| model | accuracy by Bayes' rule | bits/dim given the class | samples at guidance 1 read "
-          "as asked |\n| --- | --- | --- | --- |")
+    print("| model | accuracy by Bayes' rule | bits/dim given the class | accuracy of samples at "
+          "guidance 1 |\n| --- | --- | --- | --- |")
     for axis, name in zip(axes, ("maximum likelihood", "with contrast")):
         if name == "with contrast":
             images, labels = pixelcnn.load_data(args.data, "train", args.data_dir)
@@ -113,7 +113,7 @@ def main(argv=None):
         joint = pixelcnn.log_joint(args, model, x)
         right = (joint.argmax(1) == y.cpu()).double().mean()
         bits = math.log(args.classes) + joint.gather(1, y.cpu()[:, None]).mean()
-        bits = -pixelcnn.to_bits(bits, args.shape)
+        bits = pixelcnn.to_bits(bits, args.shape)
         samples = pixelcnn.generate(args, model, classes[:a.num])
         read = torch.cat([classifier(part)[1].argmax(1).cpu() for part in samples.split(100)])
         share = (read == classes[:a.num]).double().mean()

@@ -98,8 +98,8 @@ def test_pixelcnn_digits_are_of_the_class_asked_for(density):
 def test_pixelcnn_bits(density):
     """The first 1,000 test digits cost what docs/results.md says of them."""
     args, model = density
-    nats = pixelcnn.log_probs(model, *pixelcnn.held_out(args, 1000)).mean()
-    bits = -pixelcnn.to_bits(nats, args.shape)
+    log_p = pixelcnn.log_probs(model, *pixelcnn.held_out(args, 1000)).mean()
+    bits = pixelcnn.to_bits(log_p, args.shape)
     assert bits == pytest.approx(0.8395, abs=0.0005)
 
 
