@@ -52,7 +52,7 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "width": (32, 96, "D: channels"),
     "dilations": ([1, 2, 4, 1, 2, 4, 1], [1, 2, 4, 1, 2, 4, 1, 2, 4, 1], "one block for each"),
     "hidden": (64, 256, "channels before the logits"),
-    "steps": (3600, 60_000, "training steps"),
+    "steps": (3200, 60_000, "training steps"),
     "batch_size": (16, 128, "images per step, over all GPUs"),
     "lr": (6e-3, 1e-3, "peak learning rate"),
     "every": (500, 2000, "steps between checkpoints"),
