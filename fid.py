@@ -642,7 +642,7 @@ def to_float(x):
 def save_checkpoint(args, step, **state):
     """Write OUT/model.pt; the rename is atomic, so a kill leaves the previous checkpoint whole."""
     names = [*HPARAMS, "data", "seed", "shape", "classes"]
-    config = {name: getattr(args, name) for name in names}
+    config = {name: value for name, value in vars(args).items() if name in names}
     torch.save(dict(file=NAME, config=config, step=step, **state), args.out / "model.part")
     os.replace(args.out / "model.part", args.out / "model.pt")
 

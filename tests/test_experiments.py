@@ -1,5 +1,6 @@
 """The experiments: their mathematics against oracles, and each once as a program, in miniature."""
 
+import itertools
 import json
 import math
 import re
@@ -14,9 +15,13 @@ from inprocess import call
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
+import attention_maps
+import bench_dalle_mini
 import bench_pixelcnn
 import bench_vqvae
+import better_prompts
 import codebooks
+import dalle_mini
 import ddpm
 import ddpm_targets
 import export
@@ -27,7 +32,11 @@ import generative_classifier
 import human_eval
 import inpaint
 import pixelcnn
+import rerank
+import scene_accuracy
 import vqvae
+from test_dalle_mini import text_of
+from test_dalle_mini import tiny as tiny_transformer
 from test_ddpm import f64, gaussian_model
 from test_fid import power
 from test_vqvae import SMALL, some_z
@@ -212,6 +221,167 @@ def test_generative_classifier_in_miniature(density, monkeypatch):
 def test_bench_in_miniature(density):
     said = call(bench_pixelcnn, "--model", density, "--num", 1, cwd=density.parent)
     assert "100.00 % of the pixels are the same" in said
+
+
+# ---- scene_accuracy.py, rerank.py, better_prompts.py, attention_maps.py --------------------------
+
+SCENES = "--scenes 40 --codes-width 8 --code-dim 4 --codebook-size 16 --width 32 --layers 2 " \
+         "--heads 2 --batch-size 8 --codes-steps 2 --steps 2 --device cpu"
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A folder with a checkpoint of dalle_mini.py after a few steps, and a judge after as many."""
+    folder = tmp_path_factory.mktemp("scenes")
+    call(dalle_mini, "--train", *SCENES.split(), "--num", 1, cwd=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scene_accuracy, "JUDGE", folder / "judge.pt")
+        model = folder / "out/dalle_mini/model.pt"
+        said = call(scene_accuracy, "dalle_mini", "--train", "--scenes", 200, "--steps", 2,
+                    "--model", model, "--num", 10, "--device", "cpu", cwd=folder)
+        yield folder, model, said
+
+
+def test_judged_table(scenes):
+    """Real, through the first stage and drawn, for both kinds of pairs; the judge is in fp16."""
+    folder, _, said = scenes
+    for pairs, row in itertools.product(("seen", "held-out"), ("real", "real, through", "drawn")):
+        assert f"| {pairs} pairs: {row}" in said
+    judge = torch.load(folder / "judge.pt", weights_only=True)["model"]
+    assert all(weight.dtype == torch.float16 for weight in judge.values())
+
+
+def scene_facts(n):
+    """Facts (n, 5, 2) of a red seven left of a green two."""
+    facts = torch.tensor(dalle_mini.EMPTY).repeat(n, 5, 1)
+    facts[:, 1], facts[:, 2] = torch.tensor([7, 0]), torch.tensor([2, 1])
+    return facts
+
+
+def reader(facts):
+    """A judge that reads these facts, whatever it sees."""
+    one_hot = torch.nn.functional.one_hot
+    colours = facts[..., 1].clamp(max=7)
+    return lambda images: (one_hot(facts[..., 0], 11).float(), one_hot(colours, 8).float())
+
+
+def test_accuracy_counts_what_is_right():
+    """Right in all, a wrong digit, a wrong colour, one thing too many, one missing."""
+    facts = scene_facts(5)
+    found = facts.clone()
+    found[1, 1, 0], found[2, 2, 1], found[3, 0, 0], found[4, 2, 0] = 6, 5, 3, 10
+    images = torch.zeros(5, 3, 32, 32, dtype=torch.uint8)
+    digit, colour, relation, everything = scene_accuracy.accuracy(reader(found), images, facts).T
+    assert digit.tolist() == [1, 0.5, 1, 1, 0.5] and colour.tolist() == [1, 1, 0.5, 1, 1]
+    assert relation.tolist() == [1, 1, 1, 0, 0] and everything.tolist() == [1, 0, 0, 0, 0]
+
+
+def test_judge_loss():
+    """The mean over places of -log p(digit), and over things of -log p(colour)."""
+    facts, logits = scene_facts(2), (torch.randn(2, 5, 11), torch.randn(2, 5, 8))
+    loss = scene_accuracy.judge_loss(lambda images: logits, None, facts)
+    digit, colour = (x.log_softmax(2) for x in logits)
+    of_digit = sum(digit[n, p, facts[n, p, 0]] for n in (0, 1) for p in range(5)) / 10
+    of_colour = sum(colour[n, p, facts[n, p, 1]] for n in (0, 1) for p in (1, 2)) / 4
+    assert torch.allclose(loss, -of_digit - of_colour)
+
+
+def test_contrastive_loss_by_hand():
+    """Cross-entropy of cosines both ways; a second image with the same text is left out."""
+    torch.manual_seed(0)
+    scorer, text = rerank.Scorer(9, 3), torch.tensor([[1, 2, 3], [2, 2, 2], [1, 2, 3]])
+    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        a, b = scorer.of_text(text), scorer.of_image(images)
+        assert torch.allclose(a.norm(dim=1), torch.ones(3)) and torch.allclose(a[0], a[2])
+        cosines, total = 10 * a @ b.T, 0
+        for m in (cosines, cosines.T):
+            total -= m[0, 0] - torch.logsumexp(m[0, [0, 1]], 0)
+            total -= m[1, 1] - torch.logsumexp(m[1], 0)
+            total -= m[2, 2] - torch.logsumexp(m[2, [1, 2]], 0)
+        assert torch.allclose(rerank.contrastive_loss(scorer, text, images), total / 6, atol=1e-5)
+
+
+def test_best_of():
+    """The image of the largest cosine; best of one is the first."""
+    torch.manual_seed(0)
+    scorer, text = rerank.Scorer(9, 3), torch.tensor([[1, 2, 3], [2, 2, 2]])
+    images = torch.randint(256, (2, 4, 3, 32, 32), dtype=torch.uint8)
+    best = rerank.best_of(scorer, text, images, 4)
+    with torch.no_grad():
+        for i in (0, 1):
+            cosines = scorer.of_image(images[i]) @ scorer.of_text(text[i:i + 1])[0]
+            assert torch.equal(best[i], images[i, cosines.argmax()])
+    assert torch.equal(rerank.best_of(scorer, text, images, 1), images[:, 0])
+
+
+def test_reranking_in_miniature(scenes):
+    folder, model, _ = scenes
+    said = call(rerank, "--model", model, "--num", 3, "--steps", 2, "--device", "cpu", cwd=folder)
+    assert said.count("best of 16") == 2 and "held-out pairs: best of 4" in said
+
+
+def test_text_is_continued_from_the_prompt():
+    """Given words stay; at least one word is added; behind the first pad are only pads; the first
+    word added follows p(text), without the pads."""
+    net, N = tiny_transformer(layers=1), 10_000
+    short = torch.cat([text_of(net, 1), text_of(net, 0, 2)])
+    text = short.repeat_interleave(N, dim=0)
+    u = torch.rand(text.shape, generator=torch.Generator().manual_seed(0))
+    longer = better_prompts.continue_text(net, text, u)
+    given = text < 4
+    assert torch.equal(longer[given], text[given])
+    assert (longer[:N, 1] < 4).all() and (longer[N:, 2] < 4).all()
+    ended = longer[:N, 2] >= 4
+    assert (longer[:N, 2][ended] == 6).all() and 0 < ended.sum() < N
+    with torch.no_grad():
+        want = net(short, short[:, :0])[0][0, 1, :4].softmax(0)
+    found = torch.bincount(longer[:N, 1], minlength=4) / N
+    assert (found - want).abs().max() < 4 * (0.25 / N) ** 0.5
+
+
+def test_what_a_short_prompt_says():
+    """The seven is seen at the left, in red; nothing else counts."""
+    pairs = torch.tensor([[7, 0], [2, 1], [7, 1], [3, 1], [3, 5]])
+    texts = [better_prompts.prompts_of(kind, [(7, 0), (1, 6)]) for kind in better_prompts.KINDS]
+    assert texts == [["a red seven", "an orange one"], ["a red seven above", "an orange one above"],
+                     ["a red", "an orange"]]
+    images = torch.zeros(5, 3, 32, 32, dtype=torch.uint8)
+    judge, above = reader(scene_facts(5)), reader(scene_facts(5)[:, [0, 3, 4, 1, 2]])
+    follows = [better_prompts.follows(judge, kind, images, pairs) for kind in better_prompts.KINDS]
+    assert [f.tolist() for f in follows] == [[True, True, False, False, False], [False] * 5,
+                                             [True, True, True, True, False]]
+    follows = better_prompts.follows(above, "unfinished", images, pairs)
+    assert follows.tolist() == [True, False, False, False, False]
+
+
+def test_better_prompts_in_miniature(scenes):
+    folder, model, _ = scenes
+    said = call(better_prompts, "--model", model, "--num", 1, "--device", "cpu", cwd=folder)
+    assert said.count("\n") == 7 and (folder / "out/better_prompts/better_prompts.png").exists()
+
+
+def test_attention_maps_of_uniform_attention(scenes):
+    """Without queries and keys every place sees itself and all earlier ones equally: a word has
+    weight 1 / (N + j + 1) while code j is predicted."""
+    args, model = scene_accuracy.load_model(dalle_mini, scenes[1], [])
+    for block in model.transformer.blocks:
+        torch.nn.init.zeros_(block.qkv.weight)
+    image, maps = attention_maps.stream_maps(dalle_mini, args, model, "a red seven")
+    want = 1 / (8 + torch.arange(64) + 1)
+    assert image.shape == (3, 32, 32) and torch.allclose(maps, want.expand(8, -1))
+
+
+def test_attention_maps_in_miniature(scenes):
+    folder, model, _ = scenes
+    call(attention_maps, "dalle_mini", "--model", model, "--prompt", "a red seven", cwd=folder)
+    assert (folder / "out/attention_maps/dalle_mini.png").stat().st_size > 3000
+
+
+def test_bench_of_the_cache_in_miniature(tmp_path):
+    flags = [*SCENES.split(), "--batch-size", 16]
+    said = call(bench_dalle_mini, *flags, "--rounds", 1, cwd=tmp_path)
+    assert "| dalle_mini.py, not cached |" in said
 
 
 # ---- fid_bias.py ---------------------------------------------------------------------------------

@@ -39,12 +39,14 @@ def test_lessons_import_no_other(path):
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.name)
 def test_experiments_import_one_lesson(path):
-    """And fid.py, which judges; packages beyond matplotlib only inside a function."""
+    """And fid.py, which judges, and other experiments; packages beyond matplotlib only inside a
+    function."""
+    others = [p.stem for p in EXPERIMENTS]
     lessons = {name for name, _ in imported(path)} & {p.stem for p in FILES}
     assert len(lessons - {"fid"}) <= 1
     for name, column in imported(path):
         assert (column or name in lessons or name in sys.stdlib_module_names
-                or name in ("torch", "numpy", "tqdm", "matplotlib")), name
+                or name in ("torch", "numpy", "tqdm", "matplotlib", *others)), name
 
 
 def commands():
@@ -87,9 +89,11 @@ def test_links_and_pictures_exist():
 
 
 def test_checkpoints_are_small():
-    """pretrained/ holds at most one checkpoint per file, of at most 4 MB, in half precision."""
+    """pretrained/ holds at most one checkpoint per file, of at most 4 MB, in half precision; and
+    the judge of scenes."""
+    names = {path.stem for path in FILES} | {"scene_judge"}
     for path in (ROOT / "pretrained").iterdir():
-        assert path.suffix == ".pt" and ROOT / f"{path.stem}.py" in FILES
+        assert path.suffix == ".pt" and path.stem in names
         assert path.stat().st_size <= 4_000_000
         ckpt = torch.load(path, weights_only=True)
         weights = ckpt.get("ema", ckpt.get("model"))
