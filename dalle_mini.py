@@ -54,7 +54,7 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "width": (128, 512, "D: channels of the transformer"),
     "layers": (4, 8, "its blocks"),
     "heads": (4, 8, "its attention heads, a divisor of width"),
-    "steps": (4000, 50_000, "training steps of the second stage, the transformer"),
+    "steps": (3200, 50_000, "training steps of the second stage, the transformer"),
     "batch_size": (64, 256, "scenes per step of either stage, over all GPUs"),
     "lr": (3e-3, 5e-4, "peak learning rate of the transformer"),
     "every": (500, 5000, "steps between checkpoints"),
