@@ -17,8 +17,7 @@ Equations  codes       k = argmin_j |z - e_j|^2,   z = encoder(x)
            guidance    logits = uncond + w (cond - uncond),   uncond: given the empty text
 Notation   x (B, 3, 32, 32) images in [-1, 1]; z, z_q (B, 8, 8, d) before and after the codebook;
            e: vectors (K, d); codes (B, 8, 8) in 0..K-1, flat for the transformer: (B, n), the first
-           n in reading order; text (B, N): tokens of words 0..V-1, then pads; facts (B, 5, 2):
-           digit and colour at five places of a scene
+           n in reading order; text (B, N): tokens of words 0..V-1, then pads
 Papers     Ramesh et al. 2021 (DALL-E); van den Oord et al. 2017 (VQ-VAE); Vaswani et al. 2017
            (transformer); Ho & Salimans 2022 (guidance)
 """
@@ -70,7 +69,7 @@ DIGITS = "zero one two three four five six seven eight nine".split()
 COLOURS = {"red": (255, 40, 40), "green": (40, 210, 60), "blue": (70, 90, 255),
            "yellow": (255, 240, 60), "purple": (170, 60, 220), "cyan": (60, 230, 240),
            "orange": (255, 140, 20), "white": (250, 250, 250)}
-PLACES = [(16, 16), (16, 8), (16, 24), (8, 16), (24, 16)]  # (y, x): middle, left, right, top, ...
+PLACES = [(16, 16), (16, 8), (16, 24), (8, 16), (24, 16)]  # (y, x): middle, left, right, up, down
 RELATIONS = {(1, 2): "left of", (2, 1): "right of", (3, 4): "above", (4, 3): "below"}  # of places
 EMPTY = (10, 8)  # digit and colour of a place where nothing stands
 WORDS = ["a", "an", "left", "right", "of", "above", "below", *COLOURS, *DIGITS]
@@ -82,10 +81,8 @@ PROMPTS = ["a red seven", "a green three left of a white five", "a purple one ab
 
 def random_facts(n, rng, pairs, single=0.2):
     """What stands where in n scenes: facts (n, 5, 2), digit and colour at each of PLACES, or EMPTY.
-
     A share `single` has one digit, the others have two. Of the 80 pairs of digit and colour, 10
-    never occur in training; pairs is "seen", "held-out" or "all". rng: a numpy Generator.
-    """
+    never occur in training; pairs is "seen", "held-out" or "all"."""
     held_out = {"seen": [False], "held-out": [True], "all": [False, True]}[pairs]
     allowed = [(d, c) for d in range(10) for c in range(8) if ((d + c) % 8 == 0) in held_out]
     facts = np.tile(EMPTY, (n, 5, 1))
@@ -113,26 +110,23 @@ def render(facts, digits, labels, rng):
     """Scenes (N, 3, 32, 32) uint8 of facts (N, 5, 2). Each digit is a random one of its class, from
     digits (M, 1, 28, 28) uint8 with labels (M,), scaled to 14 x 14 and moved by up to a pixel."""
     of_class = [np.flatnonzero(labels == d) for d in range(10)]
-    things = np.argwhere(facts[:, :, 0] < 10)  # (T, 2): scene and place
-    classes = facts[things[:, 0], things[:, 1], 0]
-    picks = [of_class[d][rng.integers(len(of_class[d]))] for d in classes]
-    ink = torch.from_numpy(digits[picks, :, 3:25, 3:25]).float() / 255
+    where = np.argwhere(facts[:, :, 0] < 10)  # (T, 2): scene and place
+    what = facts[where[:, 0], where[:, 1]]  # (T, 2): digit and colour
+    picks = [of_class[d][rng.integers(len(of_class[d]))] for d in what[:, 0]]
+    ink = torch.from_numpy(digits[picks, :, 3:25, 3:25]).float() / 255  # without the empty border
     ink = F.interpolate(ink, size=14, mode="bilinear", antialias=True).numpy()  # (T, 1, 14, 14)
-    colours = np.array(list(COLOURS.values()))[:, :, None, None]  # (8, 3, 1, 1)
+    colours = np.array(list(COLOURS.values()))[what[:, 1], :, None, None]  # (T, 3, 1, 1)
     scenes = np.full((len(facts), 3, 32, 32), 16, np.uint8)
-    for (scene, place), alpha in zip(things, ink):
+    for (scene, place), alpha, colour in zip(where, ink, colours):
         y, x = PLACES[place] + rng.integers(-1, 2, size=2) - 7  # the upper left corner
-        patch = 16 + alpha * (colours[facts[scene, place, 1]] - 16)
-        scenes[scene, :, y:y + 14, x:x + 14] = patch.round()
+        scenes[scene, :, y:y + 14, x:x + 14] = (16 + alpha * (colour - 16)).round()
     return torch.from_numpy(scenes)
 
 
 def load_scenes(n, split, pairs, args, single=0.2, turned=0.5):
     """n scenes: images (n, 3, 32, 32) uint8 on the device, captions (a list), facts (n, 5, 2).
-
     split: train or test, the part of MNIST whose digits are used; pairs, single: see random_facts;
-    turned: share of captions that start with the right or lower digit.
-    """
+    turned: share of captions that start with the right or lower digit."""
     part = {"train": "train", "test": "t10k"}[split]
     digits = data_file("mnist", f"{part}-images-idx3-ubyte.gz", args.data_dir)
     labels = data_file("mnist", f"{part}-labels-idx1-ubyte.gz", args.data_dir)
@@ -147,9 +141,7 @@ def load_scenes(n, split, pairs, args, single=0.2, turned=0.5):
 
 def to_tokens(texts):
     """Captions -> tokens (B, TEXT_LENGTH): word numbers, then pads; the empty text is pads alone.
-
-    Every place has a pad of its own, len(WORDS) + place. An unknown word ends the program.
-    """
+    Every place has a pad of its own, len(WORDS) + place. An unknown word ends the program."""
     rows = []
     for text in texts:
         words = text.lower().split()
@@ -243,23 +235,20 @@ class Residual(nn.Module):
 
 
 class LocalAutoencoder(nn.Module):
-    """Image -> z, a quarter as high and wide -> codebook -> image.
-
-    Each z sees 10 x 10 pixels and no more. If z saw further, every stroke would change many codes,
-    and they would be harder to predict.
-    """
+    """Image -> z, a quarter as high and wide -> codebook -> image. Each z sees only 10 x 10 pixels:
+    if it saw more, every stroke would change many codes, and they would be harder to predict."""
 
     def __init__(self, C, width, codebook):
         super().__init__()
-        d, half = codebook.D, width // 2
+        half = width // 2
         self.encoder = nn.Sequential(
             nn.Conv2d(C, half, 4, stride=2, padding=1), nn.ReLU(),
             nn.Conv2d(half, width, 4, stride=2, padding=1), nn.ReLU(),
             nn.Conv2d(width, width, 1), nn.ReLU(),
-            nn.Conv2d(width, d, 1))
+            nn.Conv2d(width, codebook.D, 1))
         self.codebook = codebook
         self.decoder = nn.Sequential(
-            nn.Conv2d(d, width, 3, padding=1), Residual(width), Residual(width), nn.ReLU(),
+            nn.Conv2d(codebook.D, width, 3, padding=1), Residual(width), Residual(width), nn.ReLU(),
             nn.ConvTranspose2d(width, half, 4, stride=2, padding=1), nn.ReLU(),
             nn.ConvTranspose2d(half, C, 4, stride=2, padding=1))
 
@@ -329,12 +318,10 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """p(text, codes) = p(text) p(codes | text), token by token.
-
-    The stream has N + h w places. Each holds the token before it, the first a learned start, and
-    predicts its own token: the last token of the text, often a pad, predicts the first code. Words
-    and codes have separate embeddings and heads, so that none is predicted where the other belongs.
-    """
+    """p(text, codes) = p(text) p(codes | text), token by token. The stream has N + h w places. A
+    place gets the token before it as input (the first place a learned start) and predicts its own:
+    the last token of the text, often a pad, is the input that predicts the first code. Words and
+    codes have separate embeddings and heads, so that none is predicted where the other belongs."""
 
     def __init__(self, V, N, K, h, w, D, layers, heads):
         super().__init__()
@@ -356,16 +343,16 @@ class Transformer(nn.Module):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
 
-    def embed(self, text, codes):
-        """text (B, N), codes (B, n) -> x (B, N + n + 1, D), but at most N + h w places."""
+    def features(self, text, codes, past=None):
+        """text (B, N), codes (B, n) -> features (B, N + n + 1, D) for the heads, at most N + h w of
+        them, and the keys and values of every block. With these as `past`, the next call, with one
+        code more, computes only the newest place: (B, 1, D)."""
         start = self.start.expand(len(text), 1, -1)
         tokens = torch.cat([start, self.word(text), self.code(codes)], dim=1)
         places = torch.cat([self.place, (self.row + self.col).flatten(0, 1)])  # (N + h w, D)
-        return tokens[:, :len(places)] + places[:tokens.shape[1]]
-
-    def features(self, x, past=None):
-        """x (B, n, D) -> features (B, n, D) for the heads, and every block's keys and values, which
-        are `past` for the places that follow."""
+        x = tokens[:, :len(places)] + places[:tokens.shape[1]]
+        if past:
+            x = x[:, -1:]
         cache = []
         for i, block in enumerate(self.blocks):
             x, kv = block(x, past[i] if past else None)
@@ -374,7 +361,7 @@ class Transformer(nn.Module):
 
     def forward(self, text, codes):
         """Logits of text (B, N, V + N), and of codes (B, n + 1, K), but at most h w of them."""
-        h, _ = self.features(self.embed(text, codes))
+        h, _ = self.features(text, codes)
         return self.word_head(h[:, :self.N]), self.code_head(h[:, self.N:])
 
 
@@ -397,19 +384,13 @@ def draw_code(logits, u):
 
 @torch.no_grad()
 def sample(transformer, text, codes, u, guidance=1.0, cached=True):
-    """Continue codes (B, n), n may be 0, after text (B, N): all codes (B, h w).
-
-    u (B, h w): uniform random numbers. The batch runs with the text and with the empty one. cached:
-    only the newest place is computed, from the cached keys and values of those before; otherwise
-    all places, again for every code.
-    """
-    both = torch.cat([text, transformer.none.expand_as(text)])  # (2 B, N)
+    """Continue codes (B, n), n may be 0, after text (B, N): all codes (B, h w), from uniform random
+    numbers u (B, h w). cached: compute only the newest place, from the cached keys and values of
+    those before it; otherwise all places, again for every code."""
+    both = torch.cat([text, transformer.none.expand_as(text)])  # (2 B, N): the text, the empty one
     past = None
     for i in range(codes.shape[1], u.shape[1]):
-        x = transformer.embed(both, codes.repeat(2, 1))
-        if past:
-            x = x[:, -1:]
-        h, cache = transformer.features(x, past)
+        h, cache = transformer.features(both, codes.repeat(2, 1), past)
         cond, uncond = transformer.code_head(h[:, -1]).chunk(2)  # (B, K) each
         code = draw_code(uncond + guidance * (cond - uncond), u[:, i])
         codes = torch.cat([codes, code[:, None]], dim=1)
@@ -419,13 +400,12 @@ def sample(transformer, text, codes, u, guidance=1.0, cached=True):
 
 def generate(args, model, texts, codes=None):
     """Images (N, 3, 32, 32) uint8 of captions, a list of N; codes (N, n): the first n of each."""
-    codes = torch.zeros(len(texts), 0, dtype=torch.long) if codes is None else codes
-    u = torch.rand(len(texts), 64, generator=torch.Generator().manual_seed(args.seed))  # on the CPU
-    parts = []
-    for batch in zip(to_tokens(texts).split(200), codes.split(200), u.split(200)):
-        batch = [tensor.to(args.device) for tensor in batch]
-        parts.append(sample(model.transformer, *batch, args.guidance))
-    return to_uint8(images_of(model.autoencoder, torch.cat(parts).view(-1, 8, 8)))
+    text = to_tokens(texts).to(args.device)
+    codes = text[:, :0] if codes is None else codes
+    u = torch.rand(len(text), 64, generator=torch.Generator().manual_seed(args.seed))  # on the CPU
+    batches = zip(text.split(200), codes.split(200), u.to(args.device).split(200))
+    codes = torch.cat([sample(model.transformer, *batch, args.guidance) for batch in batches])
+    return to_uint8(images_of(model.autoencoder, codes.view(-1, 8, 8)))
 
 
 # ---- 5. Training: first the codes, then the transformer ------------------------------------------
@@ -433,10 +413,9 @@ def generate(args, model, texts, codes=None):
 
 def build(args):
     """Both networks; scenes have 8 x 8 codes."""
-    codebook = Codebook(args.codebook_size, args.code_dim, beta=0.25)
-    autoencoder = LocalAutoencoder(3, args.codes_width, codebook)
-    transformer = Transformer(len(WORDS), TEXT_LENGTH, args.codebook_size, 8, 8, args.width,
-                              args.layers, args.heads)
+    K = args.codebook_size
+    autoencoder = LocalAutoencoder(3, args.codes_width, Codebook(K, args.code_dim, beta=0.25))
+    transformer = Transformer(len(WORDS), TEXT_LENGTH, K, 8, 8, args.width, args.layers, args.heads)
     networks = {"autoencoder": autoencoder, "transformer": transformer}
     return nn.ModuleDict(networks).to(args.device)
 
@@ -444,16 +423,14 @@ def build(args):
 def train_autoencoder(args, model, ckpt):
     """First stage: encoder, codebook and decoder."""
     images, _, _ = load_scenes(args.scenes, "train", "seen", args)
-    test = to_float(load_scenes(500, "test", "all", args)[0])
+    test, _, _ = load_scenes(500, "test", "all", args)
     net = model.autoencoder
     opt = torch.optim.Adam(net.parameters(), args.codes_lr, (0.9, 0.95), fused=True)
-    start = 0
+    start = ckpt["step"] if ckpt else 0
     if ckpt:
         opt.load_state_dict(ckpt["optimizer"])
-        start = ckpt["step"]
     else:
-        with torch.no_grad():
-            net.codebook.begin(net.encode(to_float(images[:1000])))
+        net.codebook.begin(net.encode(to_float(images[:1000])))
     if args.compile:
         net.compile()
     ddp = DistributedDataParallel(net) if WORLD > 1 else net
@@ -480,12 +457,11 @@ def train_autoencoder(args, model, ckpt):
         if RANK == 0 and (step % args.every == 0 or step == args.codes_steps):
             save_checkpoint(args, step, ema=model.state_dict(), optimizer=opt.state_dict())
             net.eval()
-            with torch.no_grad():
-                back, codes, _ = net(test)
+            codes = codes_of(net, test)
+            error = F.mse_loss(images_of(net, codes), to_float(test))
             net.train()
-            error, used = F.mse_loss(back, test), len(codes.unique())
             tqdm.write(f"codes, step {step:,}: squared error {error:.5f} in scenes of test digits, "
-                       f"{used} of {args.codebook_size} codes used")
+                       f"{len(codes.unique())} of {args.codebook_size} codes used")
     net.eval()
 
 
@@ -496,27 +472,24 @@ def load_tokens(args, model, n, split, pairs):
 
 
 def train_transformer(args, model, ckpt):
-    """Second stage, over the codes of the first, which are fixed now. model.transformer becomes the
-    averaged one."""
+    """Second stage, over the codes of the first. model.transformer becomes the average of net."""
     text, codes = load_tokens(args, model, args.scenes, "train", "seen")
     tests = [load_tokens(args, model, 250, "test", pairs) for pairs in ("seen", "held-out")]
     net = copy.deepcopy(model.transformer)
     opt = torch.optim.Adam(net.parameters(), args.lr, (0.9, 0.95), fused=True)
-    start = 0
+    start = ckpt["step"] if ckpt else 0
     if ckpt:
         net.load_state_dict(ckpt["model"])
         opt.load_state_dict(ckpt["optimizer"])
-        start = ckpt["step"]
     if args.compile:
         net.compile()
     ddp = DistributedDataParallel(net) if WORLD > 1 else net
-    B = args.batch_size
     bar = tqdm(range(start + 1, args.steps + 1), desc="transformer", initial=start,
                total=args.steps, disable=RANK > 0)
     for step in bar:
         torch.manual_seed(args.seed * 10_000_000 + step)
-        index = torch.randint(len(codes), (B,), device=args.device)[RANK::WORLD]
-        drop = torch.rand(B, 1, device=args.device)[RANK::WORLD]
+        index = torch.randint(len(codes), (args.batch_size,), device=args.device)[RANK::WORLD]
+        drop = torch.rand(args.batch_size, 1, device=args.device)[RANK::WORLD]
         given = torch.where(drop < 0.1, net.none, text[index])  # 10 % empty, which guidance needs
         for group in opt.param_groups:
             group["lr"] = args.lr * min(1, step / 100) * (1 - (step - 1) / args.steps)
@@ -552,9 +525,8 @@ def train(args, ckpt=None):
     model = build(args).eval()
     if ckpt:
         model.load_state_dict(ckpt["ema"])
-    sizes = [f"{sum(p.numel() for p in net.parameters()):,}" for net in model.values()]
-    say(f"{args.device}: {' + '.join(sizes)} parameters, {args.scenes:,} scenes, "
-        f"{args.codes_steps:,} + {args.steps:,} steps of {args.batch_size}")
+    say(f"{args.device}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{args.scenes:,} scenes, {args.codes_steps:,} + {args.steps:,} steps of {args.batch_size}")
     if ckpt is None or "model" not in ckpt:  # the transformer's training has not begun
         train_autoencoder(args, model, ckpt)
         ckpt = None
@@ -581,7 +553,6 @@ def save_samples(args, model):
 
 def complete_scenes(args, model):
     """Complete the lower half of scenes of test digits: complete.png.
-
     Columns: the scene, what is given, four completions with the caption, four without any text."""
     images, texts, _ = load_scenes(8, "test", "seen", args, single=0)
     given = images.clone()

@@ -39,7 +39,7 @@ def cost(model, seconds, num):
 
 def digits(num):
     """A row of measures for each model of digits, and one for real test digits."""
-    args = fid.parse_args([])
+    args = fid.parse_args(["mnist:train", "samples"])
     f, _ = fid.choose_features(args)
     real = fid.read_set("mnist:train", f, args)
 

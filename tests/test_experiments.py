@@ -15,6 +15,7 @@ from inprocess import call
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
+import all_models
 import attention_maps
 import bench_dalle_mini
 import bench_pixelcnn
@@ -382,6 +383,21 @@ def test_bench_of_the_cache_in_miniature(tmp_path):
     flags = [*SCENES.split(), "--batch-size", 16]
     said = call(bench_dalle_mini, *flags, "--rounds", 1, cwd=tmp_path)
     assert "| dalle_mini.py, not cached |" in said
+
+
+# ---- all_models.py --------------------------------------------------------------------------------
+
+
+def test_all_models_in_miniature(monkeypatch, tmp_path):
+    """A row of numbers for every model, and for real images."""
+    digits = fid.load_data("mnist", "train", ROOT / "data")
+    monkeypatch.setattr(fid, "load_data", lambda *a: tuple(x[:300] for x in digits))
+    said = call(all_models, "--num", 10, cwd=tmp_path)
+    for name in ("pixelcnn", "vqvae", "ddpm"):
+        assert re.search(rf"`{name}.py` \|( \d+\.\d{{3}} \|){{3}} [\d,]+ \| \d+\.\d \|", said)
+    for name in ("dalle_mini", "latent_diffusion"):
+        assert re.search(rf"`{name}.py` \|( [01]\.\d{{3}} \|){{2}} [\d,]+ \| \d+\.\d \|", said)
+    assert said.count("| real ") == 2
 
 
 # ---- fid_bias.py ---------------------------------------------------------------------------------

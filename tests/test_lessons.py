@@ -30,10 +30,13 @@ LESSONS = {  # flags of a tiny network, and its data
              "--batch-size 8",
     "dalle_mini": "--scenes 40 --num 4 --codes-width 8 --codes-steps 12 --width 16 --layers 1 "
                   "--heads 2 --batch-size 8",
+    "latent_diffusion": "--scenes 40 --num 4 --ae-width 8 --ae-steps 12 --text-width 32 "
+                        "--text-layers 1 --channels 16 16 --groups 4 --heads 2 --batch-size 8 "
+                        "--sample-steps 2",
     "ddpm": "--data own.npz --num 20 --width 16 --mults 1 1 --batch-size 8 --sample-steps 3",
     "fid": "--data own.npz --width 4 --batch-size 8",
 }
-SCENES = ["dalle_mini"]  # samples of prompts, not of classes
+SCENES = ["dalle_mini", "latent_diffusion"]  # samples of prompts, not of classes
 USE = {name: ["--sample"] for name in LESSONS} | {"fid": ["own.npz", "own.npz"]}  # a checkpoint
 each_lesson = pytest.mark.parametrize("name", LESSONS)
 each_reader = pytest.mark.parametrize("name", [n for n in LESSONS if "own.npz" in LESSONS[n]])

@@ -1,0 +1,821 @@
+"""Video diffusion: a 2-D U-Net shared by all frames, joined in time. Two spheres roll, bounce and
+collide on a table; or they stand still and the camera moves.
+
+    python video_diffusion.py --train                     rolling spheres, in minutes on a laptop
+    python video_diffusion.py --sample                    clips, three futures of one frame
+    python video_diffusion.py --train --data orbit        new views of a scene from one picture
+    torchrun --nproc_per_node=8 video_diffusion.py --train --size base --data clips.npz
+
+Slides     Video diffusion models; Shadows don't lie and lines can't bend!; Generative models +
+           geometry
+Equations  add noise   x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; a given frame has t = 0
+           loss        ||f(x_t, t, rays) - x_0||^2 over the frames that are not given
+           sampling    x_T ~ N(0, I); estimate x_0 = f(x_t, t, rays); step to a smaller t; repeat
+           guidance    f(x_t, t, 0) + w (f(x_t, t, rays) - f(x_t, t, 0))
+           camera      a point X of the world is seen at the pixel (u, v, 1) ~ K R^T (X - c); the
+                       ray of a pixel is c + s d, d = R K^-1 (u, v, 1), for s > 0
+           Pluecker    (d, c x d): the same for every point c of the ray
+           collision   equal masses exchange their velocities along the line of centres n:
+                       v_1 - n (v_1 - v_2).n and v_2 + n (v_1 - v_2).n
+Notation   x (B, F, C, H, W) clips of F frames in [-1, 1]; t (B, F) time of each frame, 0..T;
+           given (B, F) bool; K (B, F, 3, 3) intrinsics; pose (B, F, 3, 4) camera to world, [R | c]:
+           its columns are right, down, forward and the centre; rays (B, F, 34, h, w) what the
+           network is told of the camera, for each of h x w patches
+Papers     Ho et al. 2022 (Video diffusion models); Watson et al. 2023 (3DiM: new views, clean given
+           frames); Guo et al. 2024 (AnimateDiff: zero-initialised layers over time); Song et al.
+           2021 (DDIM); Ho & Salimans 2022 (guidance); Levoy & Hanrahan 1996 (rays as coordinates);
+           Sarkar et al. 2024 (Shadows don't lie and lines can't bend!)
+"""
+import argparse
+import copy
+import math
+import os
+import struct
+import sys
+import time
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+SIZES = ("small", "base")
+HPARAMS = {  # each row is a flag; --size picks the column
+    "scenes": (6000, 50_000, "clips rendered for training"),
+    "frames": (8, 16, "per clip"),
+    "height": (32, 64, "of the square frames"),
+    "patch": (4, 4, "fold patch x patch pixels into channels"),
+    "width": (64, 128, "channels of the first level"),
+    "mults": ([1, 1], [1, 2], "channels of each level, in units of width"),
+    "blocks": (1, 2, "residual blocks per level"),
+    "heads": (2, 4, "of the attention between frames"),
+    "time_kernel": (3, 3, "side of the convolution over neighbouring frames; 0: none"),
+    "picture_steps": (300, 5000, "first steps, on single pictures"),
+    "steps": (3000, 70_000, "training steps"),
+    "batch_size": (8, 64, "clips per step, over all GPUs"),
+    "lr": (3e-3, 5e-4, "peak learning rate"),
+    "noise_power": (0.4, 0.5, "p: t = T u^p, u uniform in 0..1; less than 1 is more noise"),
+    "every": (500, 2000, "steps between checkpoints"),
+    "sample_steps": (10, 20, "number of sampling steps, at most T"),
+    "guidance": (1.0, 1.0, "w: how far to follow the camera; 1 is off"),
+}
+T = 1000  # noise levels
+
+# ---- 1. Cameras (slide Generative models + geometry) ---------------------------------------------
+# Axes as in OpenCV: x right, y down, z forward; the centre of the pixel in row i and column j is at
+# (u, v) = (j + 0.5, i + 0.5). The world's z axis points up.
+
+
+def look_at(eye, target):
+    """Pose (..., 3, 4) of a camera at eye (..., 3) that looks at target (..., 3)."""
+    forward = F.normalize(target - eye, dim=-1)
+    up = torch.tensor([0.0, 0.0, 1.0]).expand_as(forward)
+    right = F.normalize(torch.linalg.cross(forward, up), dim=-1)
+    down = torch.linalg.cross(forward, right)
+    return torch.stack([right, down, forward, eye], dim=-1)
+
+
+def orbit(azimuth, elevation, distance, view, size):
+    """Cameras around the table that look at its middle: azimuth (n, F), elevation and angle of view
+    (n,) in degrees, distance (n,) -> K (n, F, 3, 3), pose (n, F, 3, 4)."""
+    a, e = torch.deg2rad(azimuth), torch.deg2rad(elevation)[:, None].expand_as(azimuth)
+    direction = torch.stack([e.cos() * a.cos(), e.cos() * a.sin(), e.sin()], dim=-1)
+    eye = distance[:, None, None] * direction
+    focal = size / 2 / torch.tan(torch.deg2rad(view) / 2)  # in pixels
+    K = torch.zeros(*azimuth.shape, 3, 3)
+    K[..., 0, 0] = K[..., 1, 1] = focal[:, None]
+    K[..., 0, 2] = K[..., 1, 2] = size / 2
+    K[..., 2, 2] = 1
+    return K, look_at(eye, torch.tensor([0, 0, 0.15]).expand_as(eye))
+
+
+def pixel_rays(K, pose, H, W, scale=1.0):
+    """Unit directions d (..., H, W, 3) of the rays of all pixels, after a resize of the picture by
+    scale to H x W."""
+    v, u = torch.meshgrid(torch.arange(H, device=K.device) + 0.5,
+                          torch.arange(W, device=K.device) + 0.5, indexing="ij")
+    pixels = torch.stack([u / scale, v / scale, torch.ones_like(u)], dim=-1)  # (H, W, 3)
+    to_world = pose[..., :3] @ torch.linalg.inv(K)  # R K^-1
+    return F.normalize(torch.einsum("...ij,hwj->...hwi", to_world, pixels), dim=-1)
+
+
+def fourier(x):
+    """(..., k, h, w) -> (..., 7 k, h, w): x, and sines and cosines of pi x, 2 pi x and 4 pi x."""
+    angle = torch.cat([math.pi * 2**i * x for i in range(3)], dim=-3)
+    return torch.cat([x, angle.sin(), angle.cos()], dim=-3)
+
+
+def camera_rays(K, pose, H, W, patch):
+    """What the network is told of the ray through the middle of each patch of H x W pixels,
+    (B, F, 34, h, w): Pluecker coordinates, and where the ray crosses two horizontal planes. A point
+    near a plane has similar numbers in all views. The unit is the first camera's distance."""
+    centre = pose[..., 3] / pose[:, :1, :, 3].norm(dim=-1, keepdim=True)  # (B, F, 3)
+    d = pixel_rays(K, pose, H // patch, W // patch, 1 / patch)  # (B, F, h, w, 3)
+    c = centre[:, :, None, None].expand_as(d)
+    plucker = torch.cat([d, torch.linalg.cross(c, d)], dim=-1)
+    slope = d[..., 2:].clamp(max=-0.1)  # rays that do not point down cross far away
+    planes = [c[..., :2] + (z - c[..., 2:]) / slope * d[..., :2] for z in (0.0, 0.15)]
+    planes = torch.cat(planes, dim=-1).clamp(-2, 2).movedim(-1, 2)  # (B, F, 4, h, w)
+    return torch.cat([plucker.movedim(-1, 2), fourier(planes)], dim=2)
+
+
+RAYS = 34  # channels of camera_rays
+
+# ---- 2. Two spheres on a chequered table under a sun ---------------------------------------------
+
+HUES = torch.tensor([[0.95, 0.15, 0.15], [0.15, 0.85, 0.2], [0.2, 0.3, 0.95],
+                     [0.95, 0.9, 0.15], [0.9, 0.2, 0.85], [0.15, 0.9, 0.9]])
+TABLE, TILE, AMBIENT = 1.2, 0.8, 0.35  # half the table's side; a tile's side; light in the shadow
+SKY = torch.tensor([0.10, 0.12, 0.18])
+
+
+class Scenes(NamedTuple):
+    centre: torch.Tensor  # (n, F, 2, 3) of the spheres in every frame
+    radius: torch.Tensor  # (n, 2)
+    colour: torch.Tensor  # (n, 2, 3) in 0..1
+    sun: torch.Tensor  # (n, 3) unit vector towards it
+    tone: torch.Tensor  # (n, 2) grey of the bright and of the dark tiles
+    turn: torch.Tensor  # (n,) angle of the table in radians
+
+
+def nearest_sphere(centre, radius, o, d):
+    """Distance (n, F, P, 2) to each sphere along the rays o + s d, inf where it is missed; centre
+    (n, F, 2, 3), radius (n, 2), o and d (n, F, P, 3)."""
+    # |o + s d - c|^2 = r^2:  s = -b - sqrt(b^2 - q),  b = d . (o - c),  q = |o - c|^2 - r^2
+    inside = centre.square().sum(-1) - radius[:, None] ** 2  # (n, F, 2)
+    b = (d * o).sum(-1, keepdim=True) - d @ centre.mT
+    q = o.square().sum(-1, keepdim=True) - 2 * o @ centre.mT + inside[:, :, None]
+    root = b**2 - q
+    hit = (root > 1e-5) & (b < 0)
+    return torch.where(hit, -b - root.clamp(min=0).sqrt(), math.inf)
+
+
+def trace_rays(scenes, K, pose, H, W, fine=2):
+    """Clips (n, F, 3, H, W) in 0..1 of n scenes; a pixel is the mean of fine x fine rays."""
+    d = pixel_rays(K, pose, H * fine, W * fine, fine).flatten(2, 3)  # (n, F, P, 3)
+    o = pose[:, :, None, :, 3].expand_as(d)
+    # what each ray hits first: sphere 0, sphere 1 or 2, the table
+    s = torch.where(d[..., 2] < 0, -o[..., 2] / d[..., 2], math.inf)
+    at = o[..., :2] + s.nan_to_num(posinf=0)[..., None] * d[..., :2]
+    cos, sin = scenes.turn.cos()[:, None, None], scenes.turn.sin()[:, None, None]
+    tx = cos * at[..., 0] + sin * at[..., 1]  # in the table's own axes
+    ty = cos * at[..., 1] - sin * at[..., 0]
+    s = torch.where((tx.abs() <= TABLE) & (ty.abs() <= TABLE), s, math.inf)
+    s = torch.cat([nearest_sphere(scenes.centre, scenes.radius, o, d), s[..., None]], dim=-1)
+    s, which = s.min(dim=-1)  # (n, F, P)
+    point = o + s.nan_to_num(posinf=0)[..., None] * d
+    # the sun's light comes along a straight line, unless the other sphere is in the way
+    sun = scenes.sun[:, None, None].expand_as(d)
+    blocked = nearest_sphere(scenes.centre, scenes.radius, point, sun).isfinite()
+    itself = F.one_hot(which, 3)[..., :2].bool()
+    lit = ~(blocked & ~itself).any(dim=-1)
+    second = (which == 1)[..., None]
+    centre = torch.where(second, scenes.centre[:, :, None, 1], scenes.centre[:, :, None, 0])
+    colour = torch.where(second, scenes.colour[:, None, None, 1], scenes.colour[:, None, None, 0])
+    cosine = (F.normalize(point - centre, dim=-1) * sun).sum(-1).clamp(min=0)  # Lambert's law
+    sphere = colour * (AMBIENT + (1 - AMBIENT) * cosine * lit)[..., None]
+    dark = (((tx + TABLE) / TILE).floor() + ((ty + TABLE) / TILE).floor()) % 2 == 1
+    tone = torch.where(dark, scenes.tone[:, 1, None, None], scenes.tone[:, 0, None, None])
+    table = (tone * (AMBIENT + (1 - AMBIENT) * lit))[..., None].expand_as(point)
+    x = torch.where((which < 2)[..., None], sphere, table)
+    x = torch.where(s.isinf()[..., None], SKY.to(x.device), x)
+    x = x.flatten(0, 1).mT.unflatten(2, (H * fine, W * fine))  # (n F, 3, H fine, W fine)
+    return F.avg_pool2d(x, fine).unflatten(0, K.shape[:2])
+
+
+# ---- 3. A world that moves (roll) and a camera that moves (orbit) --------------------------------
+
+
+def roll(p, v, radius, frames, fine=8):
+    """Paths (n, F, 2, 2) of the places where two spheres touch the table, which start at p
+    (n, 2, 2) with velocities v (n, 2, 2) per frame; fine steps per frame."""
+    edge = (TABLE - radius)[..., None]
+    touch = 2 * radius.prod(dim=-1).sqrt()  # |p_1 - p_2| at contact: (a + b)^2 - (a - b)^2 = 4 a b
+    path = []
+    for step in range(frames * fine):
+        if step % fine == 0:
+            path.append(p)
+        p = p + v / fine
+        v = torch.where((p.abs() > edge) & (p * v > 0), -v, v)  # bounce off the table's edge
+        gap, relative = p[:, 0] - p[:, 1], v[:, 0] - v[:, 1]  # (n, 2)
+        meet = (gap.norm(dim=-1) < touch) & ((gap * relative).sum(-1) < 0)
+        n = F.normalize(gap, dim=-1)  # line of centres
+        push = (relative * n).sum(-1, keepdim=True) * n * meet[:, None]
+        v = torch.stack([v[:, 0] - push, v[:, 1] + push], dim=1)
+    return torch.stack(path, dim=1)
+
+
+def fixed_camera(n, frames, size):
+    """The camera of the rolling spheres, from above; all places where they can be are in sight: K
+    (n, F, 3, 3), pose (n, F, 3, 4)."""
+    azimuth, *others = (torch.tensor([a]) for a in (15.0, 55.0, 3.5, 42.0))
+    K, pose = orbit(azimuth[None], *others, size)
+    return K.expand(n, frames, -1, -1), pose.expand(n, frames, -1, -1)
+
+
+def random_world(data, n, frames, size, rng):
+    """n scenes of two spheres that do not touch at first, and their cameras K and pose.
+
+    roll: spheres move by 0.08 to 0.24 per frame; camera and sun are fixed.
+    orbit: the camera turns by 12 to 24 degrees per frame. Of the world's axes we are free to choose
+    x towards the first camera; the table lies at any angle to it.
+    """
+    def u(low, high, *more):
+        return torch.from_numpy(rng.uniform(low, high, (n, *more))).float()
+
+    def circle(angle):
+        return torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+    moving = data == "roll"
+    radius = u(0.26, 0.36, 2) if moving else u(0.22, 0.40, 2)
+    first = u(0, 2 * math.pi)
+    angle = torch.stack([first, first + torch.deg2rad(u(130, 230))], dim=1)
+    p = u(0.45, 0.8, 2, 1) * circle(angle)  # (n, 2, 2)
+    if moving:
+        v = u(0.08, 0.24, 2, 1) * circle(u(0, 2 * math.pi, 2))
+        path = roll(p, v, radius, frames)
+        height, around = torch.full((n,), 50.0), torch.full((n,), 100.0)
+        tone, turn = torch.tensor([0.85, 0.4]).expand(n, 2), torch.zeros(n)
+        K, pose = fixed_camera(n, frames, size)
+    else:
+        path = p[:, None].expand(-1, frames, -1, -1)
+        height, around = u(40, 65), u(0, 360)
+        tone, turn = torch.stack([u(0.7, 0.95), u(0.3, 0.5)], dim=1), u(0, math.pi / 2)
+        step = u(12, 24) * torch.from_numpy(rng.choice([-1, 1], n)).float()
+        azimuth = step[:, None] * torch.arange(frames)
+        K, pose = orbit(azimuth, u(25, 50), u(2.7, 3.3), u(38, 46), size)
+    centre = torch.cat([path, radius[:, None, :, None].expand(-1, frames, -1, -1)], dim=-1)
+    colour = HUES[torch.from_numpy(rng.permuted(np.tile(np.arange(6), (n, 1)), axis=1)[:, :2])]
+    height, around = torch.deg2rad(height), torch.deg2rad(around)
+    sun = torch.cat([height.cos()[:, None] * circle(around), height.sin()[:, None]], dim=-1)
+    return Scenes(centre, radius, colour, sun, tone, turn), K, pose
+
+
+def render_clips(scenes, K, pose, H, W, device="cpu"):
+    """Clips (n, F, 3, H, W) uint8, rendered 8 at a time."""
+    clips = torch.empty(*K.shape[:2], 3, H, W, dtype=torch.uint8, device=device)
+    for i in torch.arange(len(K)).split(8):
+        part = Scenes(*(a[i].to(device) for a in scenes))
+        x = trace_rays(part, K[i].to(device), pose[i].to(device), H, W)
+        clips[i] = (255 * x).round().to(torch.uint8)
+    return clips
+
+
+def load_clips(args, split, num):
+    """Clips (N, F, C, H, W) uint8, K (N, F, 3, 3) and pose (N, F, 3, 4); split is train or test. An
+    .npz file has its own number of clips to train on, and no cameras: all get the same."""
+    if args.data in ("roll", "orbit"):
+        rng = np.random.default_rng([args.seed, split == "test"])
+        scenes, K, pose = random_world(args.data, num, args.frames, args.height, rng)
+        clips = render_clips(scenes, K, pose, args.height, args.height, args.device)
+        return clips, K.to(args.device), pose.to(args.device)
+    try:
+        with np.load(args.data) as file:
+            clips = file["clips"].astype(np.uint8, casting="safe").transpose(0, 1, 4, 2, 3)
+        part = (np.arange(len(clips)) % 10 == 0) == (split == "test")  # a tenth for testing
+        clips = torch.from_numpy(clips[part].copy())
+    except Exception as e:
+        die(f"--data {args.data}: expected roll, orbit, or an .npz file with clips (N, F, H, W, 1 "
+            f"or 3) uint8 ({e})")
+    if split == "test":
+        clips = clips[torch.arange(num) % len(clips)]
+    cameras = fixed_camera(*clips.shape[:2], clips.shape[3])
+    return [a.to(args.device) for a in (clips, *cameras)]
+
+
+# ---- 4. Noise (as in ddpm.py) --------------------------------------------------------------------
+
+
+def cosine_abar():
+    """abar_t for t = 0..T: (T + 1,) float64; Nichol & Dhariwal 2021, Eq. 17."""
+    t = torch.arange(T + 1, dtype=torch.float64) / T
+    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+    beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
+
+
+def q_sample(x0, eps, a_t):
+    """x_t given x_0, in one step (DDPM Eq. 4)."""
+    return a_t**0.5 * x0 + (1 - a_t) ** 0.5 * eps
+
+
+# ---- 5. Network (slide Video diffusion models: "share 2D U-Net across frames, add time attention")
+# Frames lie in the batch, so that 2-D layers treat each as a picture. TimeBlocks join them.
+
+
+def time_embedding(t, dim):
+    """Cosines and sines of t (B,) at dim / 2 frequencies: (B, dim)."""
+    freq = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angle = t[:, None] * freq  # (B, dim / 2)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def group_norm(C):
+    return nn.GroupNorm(math.gcd(32, C // 4), C)  # at most 32 groups, of at least 4 channels
+
+
+def zero(layer):
+    """Initialise a layer to zero: a residual block then starts as its shortcut."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+def attend(q, k, v):
+    """Attention: q (B, heads, n, d), k and v (B, heads, m, d) -> (B, n, heads d)."""
+    if q.requires_grad and q.device.type == "cpu":  # PyTorch's bf16 kernel is slow in training
+        h = (q @ k.mT / math.sqrt(q.shape[3])).softmax(dim=3) @ v
+    else:
+        h = F.scaled_dot_product_attention(q, k, v)
+    return h.transpose(1, 2).flatten(2)
+
+
+class SpaceAttention(nn.Module):
+    """Attention among the positions of each frame, with one head."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.norm = group_norm(C)
+        self.qkv = nn.Linear(C, 3 * C)
+        self.out = zero(nn.Linear(C, C))
+
+    def forward(self, x):  # (B F, C, h, w)
+        qkv = self.qkv(self.norm(x).flatten(2).mT)[:, None]  # (B F, 1, h w, 3 C); 1 is the head
+        h = self.out(attend(*qkv.chunk(3, dim=3)))  # (B F, h w, C)
+        return x + h.mT.reshape(x.shape)
+
+
+class TimeBlock(nn.Module):
+    """Joins frames: a convolution over neighbouring frames, then attention. On small maps each
+    position attends to all positions of all frames, as a moving camera needs; on larger ones to the
+    same position in all frames. Both start at zero, so that a clip starts as a pile of pictures."""
+
+    def __init__(self, C, heads, kernel, joint=64):
+        super().__init__()
+        self.heads, self.joint, self.kernel = heads, joint, kernel
+        if kernel:
+            self.norm_conv = group_norm(C)
+            self.conv = zero(nn.Conv3d(C, C, (3, kernel, kernel),
+                                       padding=(1, kernel // 2, kernel // 2)))
+        self.norm = group_norm(C)
+        self.place = nn.Linear(3 * 32, C)
+        # The same is added to queries and keys: from the start, positions with similar rays attend
+        # to one another. Without it frames do not find one another for thousands of steps.
+        self.ray = nn.Conv2d(RAYS, C, 1, bias=False)
+        nn.init.normal_(self.ray.weight, std=0.3)
+        self.qkv = nn.Linear(C, 3 * C)
+        self.out = zero(nn.Linear(C, C))
+
+    def forward(self, x, rays, frames):
+        """x (B F, C, h, w), rays (B F, 34, H / patch, W / patch) -> as x."""
+        _, C, h, w = x.shape
+        if self.kernel:
+            a = F.silu(self.norm_conv(x)).unflatten(0, (-1, frames)).transpose(1, 2)
+            x = x + self.conv(a).transpose(1, 2).flatten(0, 1)
+        index = torch.cartesian_prod(*(torch.arange(n, device=x.device) for n in (frames, h, w)))
+        place = self.place(time_embedding(index.flatten(), 32).view(frames, h * w, 96))
+        a = self.norm(x).flatten(2).mT.unflatten(0, (-1, frames))  # (B, F, h w, C)
+        q, k, v = self.qkv(a + place).chunk(3, dim=3)
+        ray = self.ray(F.adaptive_avg_pool2d(rays, (h, w)))
+        ray = ray.flatten(2).mT.unflatten(0, (-1, frames))  # (B, F, h w, C)
+        qkv = torch.stack([q + ray, k + ray, v])  # (3, B, F, h w, C)
+        everywhere = h * w <= self.joint
+        if everywhere:
+            qkv = qkv.flatten(2, 3)  # (3, B, F h w, C)
+        else:
+            qkv = qkv.transpose(2, 3).flatten(1, 2)  # (3, B h w, F, C)
+        a = self.out(attend(*qkv.unflatten(3, (self.heads, -1)).transpose(2, 3)))
+        if everywhere:
+            a = a.view(-1, h * w, C)  # (B F, h w, C)
+        else:
+            a = a.view(-1, h * w, frames, C).transpose(1, 2).flatten(0, 1)
+        return x + a.mT.reshape(x.shape)
+
+
+class FrameBlock(nn.Module):
+    """Two convolutions and a shortcut; the time t adds one value per channel in between. Then
+    attention in each frame, and a TimeBlock, which single pictures skip (frames = 0)."""
+
+    def __init__(self, C_in, C_out, D, attends, join=None):
+        super().__init__()
+        self.norm1 = group_norm(C_in)
+        self.conv1 = nn.Conv2d(C_in, C_out, 3, padding=1)
+        self.emb = nn.Linear(D, C_out)
+        self.norm2 = group_norm(C_out)
+        self.conv2 = zero(nn.Conv2d(C_out, C_out, 3, padding=1))
+        self.skip = nn.Conv2d(C_in, C_out, 1) if C_in != C_out else nn.Identity()
+        self.attention = SpaceAttention(C_out) if attends else nn.Identity()
+        self.join = join
+
+    def forward(self, x, emb, rays, frames):  # (B F, C_in, h, w), (B F, D), (B F, 34, ...)
+        h = self.conv1(F.silu(self.norm1(x)))  # (B F, C_out, h, w)
+        h = h + self.emb(F.silu(emb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        x = self.attention(self.skip(x) + h)
+        return self.join(x, rays, frames) if self.join and frames else x
+
+
+class VideoUNet(nn.Module):
+    """f(x_t, t, rays): the 2-D U-Net of ddpm.py, whose last block of each level joins frames."""
+
+    def __init__(self, C, patch, width, mults, blocks, heads, time_kernel):
+        super().__init__()
+        self.patch, self.width = patch, width
+        D, last = 4 * width, len(mults) - 1
+        self.time_mlp = nn.Sequential(nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D))
+        self.conv_in = nn.Conv2d(C * patch**2 + RAYS, width, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        ch, skip_channels = width, [width]
+        for i, m in enumerate(mults):
+            for j in range(blocks):
+                join = TimeBlock(m * width, heads, time_kernel) if j == blocks - 1 else None
+                self.down.append(FrameBlock(ch, m * width, D, i == last, join))
+                ch = m * width
+                skip_channels.append(ch)
+            if i < last:
+                self.down.append(nn.Conv2d(ch, ch, 3, stride=2, padding=1))
+                skip_channels.append(ch)
+        self.middle = nn.ModuleList([
+            FrameBlock(ch, ch, D, True, TimeBlock(ch, heads, time_kernel)),
+            FrameBlock(ch, ch, D, False)])
+        for i, m in reversed(list(enumerate(mults))):
+            for j in range(blocks + 1):  # one more: conv_in and each downsampling left a skip too
+                join = TimeBlock(m * width, heads, time_kernel) if j == blocks else None
+                C_in = ch + skip_channels.pop()
+                self.up.append(FrameBlock(C_in, m * width, D, i == last, join))
+                ch = m * width
+            if i > 0:
+                self.up.append(nn.Conv2d(ch, ch, 3, padding=1))
+        self.norm_out = group_norm(ch)
+        self.conv_out = zero(nn.Conv2d(ch, C * patch**2, 3, padding=1))
+
+    def forward(self, x, t, rays, pictures=False):
+        """x (B, F, C, H, W), t (B, F), rays (B, F, 34, H / patch, W / patch) -> as x. pictures:
+        every frame is a picture by itself."""
+        frames = 0 if pictures else x.shape[1]
+        emb = self.time_mlp(time_embedding(t.flatten(), self.width))  # (B F, D)
+        rays = rays.flatten(0, 1)
+        h = F.pixel_unshuffle(x.flatten(0, 1), self.patch)  # (B F, C patch^2, H / patch, W / patch)
+        h = self.conv_in(torch.cat([h, rays], dim=1))
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, emb, rays, frames) if isinstance(layer, FrameBlock) else layer(h)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, emb, rays, frames)
+        for layer in self.up:
+            if isinstance(layer, FrameBlock):
+                h = layer(torch.cat([h, skips.pop()], dim=1), emb, rays, frames)
+            else:
+                h = layer(F.interpolate(h, size=skips[-1].shape[2:]))
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(h, self.patch).float().view_as(x)
+
+
+# ---- 6. Loss -------------------------------------------------------------------------------------
+
+
+def draw_given(B, frames, device):
+    """Which frames of the clips are given (B, F): none, the first, the first few, or the first and
+    the last."""
+    shares = torch.tensor([0.15, 0.5, 0.2, 0.15], device=device)
+    kind = torch.multinomial(shares, B, replacement=True)
+    few = torch.randint(1, frames // 2 + 1, (B,), device=device)
+    count = torch.where(kind == 0, 0, torch.where(kind == 2, few, 1))
+    given = torch.arange(frames, device=device) < count[:, None]
+    given[:, -1] |= kind == 3
+    return given
+
+
+def video_loss(model, x0, rays, t, eps, abar, pictures):
+    """Squared error of the estimate of x_0 (B, F, C, H, W), per clip the mean over the frames that
+    are not given, those with t > 0."""
+    a_t = abar[t][:, :, None, None, None]
+    out = model(q_sample(x0, eps, a_t), t, rays, pictures)
+    error = (out - x0).square().mean(dim=(2, 3, 4))  # (B, F)
+    return ((error * (t > 0)).sum(1) / (t > 0).sum(1).clamp(min=1)).mean()
+
+
+# ---- 7. Sampler (slide Sampling a diffusion model) -----------------------------------------------
+
+
+def ddim_step(xt, x0, a_t, a_s):
+    """Deterministic (DDIM Eq. 12): the same noise, at the lower level of s."""
+    eps = (xt - a_t**0.5 * x0) / (1 - a_t) ** 0.5
+    return a_s**0.5 * x0 + (1 - a_s) ** 0.5 * eps
+
+
+@torch.no_grad()
+def sample(model, x, clean, given, rays, args):
+    """Turn noise x (B, F, C, H, W) into clips; given (B, F) frames are those of clean, at t = 0."""
+    abar = cosine_abar().tolist()
+    keep = given[:, :, None, None, None]
+    times = [round(T * i / args.sample_steps) for i in range(args.sample_steps, -1, -1)]
+    for t, s in zip(times, times[1:]):
+        x = torch.where(keep, clean, x)
+        tt = torch.where(given, 0, t)
+        x0 = model(x, tt, rays)
+        if args.guidance != 1:  # go further in the direction in which the camera changes the output
+            withheld = model(x, tt, torch.zeros_like(rays))
+            x0 = withheld + args.guidance * (x0 - withheld)
+        x = ddim_step(x, x0.clamp(-1, 1), abar[t], abar[s])
+    return torch.where(keep, clean, x)
+
+
+def long_clip(model, clip, rays, args):
+    """Draw all frames of clip (1, N, C, H, W) but the first, in windows of --frames frames, in
+    which the first frame and the latest ones are given."""
+    clip, done, N = clip.clone(), 1, clip.shape[1]
+    while done < N:
+        old = [0, *range(max(1, done - args.frames // 2 + 1), done)]
+        new = list(range(done, min(N, done + args.frames - len(old))))
+        window = clip[:, old + new]
+        given = torch.arange(len(old + new), device=clip.device)[None] < len(old)
+        drawn = sample(model, torch.randn_like(window), window, given, rays[:, old + new], args)
+        clip[:, new] = drawn[:, len(old):]
+        done = new[-1] + 1
+    return clip
+
+
+# ---- 8. Training (slide Video diffusion models: "train on 2D, then video") -----------------------
+
+
+def build(args):
+    model = VideoUNet(args.shape[1], args.patch, args.width, args.mults, args.blocks, args.heads,
+                      args.time_kernel)
+    return model.to(args.device)
+
+
+@torch.no_grad()
+def ema_update(ema, model, step):
+    """Polynomial averaging (Shamir & Zhang 2013): over about the last tenth of the training."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 10 / (step + 10))
+
+
+def train(args, ckpt=None):
+    """Train, from scratch or from a checkpoint, and return the averaged model."""
+    clips, K, pose = load_clips(args, "train", args.scenes)
+    args.shape = list(clips.shape[1:])
+    torch.manual_seed(args.seed)
+    model = build(args)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()  # averaged weights: better samples
+    opt = torch.optim.Adam(model.parameters(), args.lr, (0.9, 0.95), fused=True)
+    start = 0
+    if ckpt:
+        model.load_state_dict(ckpt["model"])
+        ema.load_state_dict(ckpt["ema"])
+        opt.load_state_dict(ckpt["optimizer"])
+        start = ckpt["step"]
+    say(f"{args.device}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{len(clips):,} clips of {args.data}, {args.steps:,} steps of {args.batch_size}")
+    if args.compile:
+        model.compile()
+    net = model
+    if WORLD > 1:  # TimeBlocks get no gradient in steps on pictures
+        net = DistributedDataParallel(model, find_unused_parameters=True)
+    abar = cosine_abar().float().to(args.device)
+    B, frames, device = args.batch_size, args.shape[0], args.device
+    bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=RANK > 0)
+    for step in bar:
+        # Every step has its own seed: --resume continues exactly, and the processes of torchrun,
+        # number RANK of WORLD, draw the same global batch, of which each takes its share.
+        torch.manual_seed(args.seed * 10_000_000 + step)
+        # first single pictures, then clips; one step in eight stays on pictures (Ho et al. 2022)
+        pictures = step <= args.picture_steps or step % 8 == 0
+        index = torch.randint(len(clips), (B,), device=device)
+        u = torch.arange(B * frames, device=device).view(B, frames) / (B * frames)
+        u = (u + torch.rand((), device=device)) % 1  # evenly spread over the batch
+        t = (T * u**args.noise_power).ceil().long().clamp(min=1)
+        if not pictures:  # one t for all frames of a clip, and 0 for those that are given
+            t = torch.where(draw_given(B, frames, device), 0, t[:, :1])
+        eps = torch.randn(B, *args.shape, device=device)
+        drop = torch.rand(B, 1, 1, 1, 1, device=device)
+        index, t, eps, drop = (a[RANK::WORLD] for a in (index, t, eps, drop))
+        rays = camera_rays(K[index], pose[index], *args.shape[2:], args.patch)
+        rays = rays * (drop > 0.1)  # 10 % withheld, which guidance needs
+        for group in opt.param_groups:  # warm up for 100 steps, then down to almost 0
+            group["lr"] = args.lr * min(1, step / 100) * (1 - (step - 1) / args.steps)
+        with autocast(args):
+            loss = video_loss(net, to_float(clips[index]), rays, t, eps, abar, pictures)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad()
+        ema_update(ema, model, step)
+        if step % 20 == 0:
+            bar.set_postfix_str(f"squared error of {'pictures' if pictures else 'clips'} "
+                                f"{loss.item():.4f}")
+        if RANK == 0 and (step % args.every == 0 or step == args.steps):
+            save_checkpoint(args, step, model=model.state_dict(), ema=ema.state_dict(),
+                            optimizer=opt.state_dict())
+            rows = generate(args, ema, 2, [frames, 2, 1, 0])  # real, and drawn given 2, 1, 0 frames
+            save_png(args.out / f"step_{step:06}.png", grid(rows.flatten(0, 1), frames))
+    return ema
+
+
+# ---- 9. Sampling from a trained model ------------------------------------------------------------
+
+
+def generate(args, model, num, counts):
+    """Of each of num test clips a row per count: its first count frames are given, the others are
+    drawn. Clips (num len(counts), F, C, H, W) uint8."""
+    clips, K, pose = (a.repeat_interleave(len(counts), 0) for a in load_clips(args, "test", num))
+    rays = camera_rays(K, pose, *args.shape[2:], args.patch)
+    given = torch.arange(args.shape[0]) < torch.tensor(counts).repeat(num)[:, None]
+    torch.manual_seed(args.seed)
+    noise = torch.randn(clips.shape)  # drawn on the CPU: the same for every device
+    drawn = []
+    with autocast(args):
+        for parts in zip(*(a.split(50) for a in (noise, clips, given, rays))):
+            x, clean, keep, told = (a.to(args.device) for a in parts)
+            drawn.append(to_uint8(sample(model, x, to_float(clean), keep, told, args)))
+    return torch.cat(drawn).cpu()
+
+
+def draw_circle(args, model, N=24):
+    """N views all around a scene: real; drawn from the first view; drawn from it with the cameras
+    withheld. Clips (3, N, C, H, W) uint8."""
+    rng = np.random.default_rng([args.seed, 1])
+    scenes, _, _ = random_world("orbit", 1, N, args.height, rng)
+    angles = torch.arange(N)[None] * 360 / N
+    K, pose = orbit(angles, *(torch.tensor([a]) for a in (37.0, 3.0, 42.0)), args.height)
+    real = render_clips(scenes, K, pose, args.height, args.height, args.device)
+    rays = camera_rays(K, pose, *args.shape[2:], args.patch).to(args.device)
+    torch.manual_seed(args.seed)
+    with autocast(args):
+        drawn = [long_clip(model, to_float(real), r, args) for r in (rays, torch.zeros_like(rays))]
+    return torch.cat([real, *(to_uint8(x) for x in drawn)]).cpu()
+
+
+def save_clips(path, clips, cols):
+    """PATH.png: a row per clip (N, F, C, H, W) uint8; PATH_film.png: all of them move, in cols
+    columns."""
+    save_png(f"{path}.png", grid(clips.flatten(0, 1), clips.shape[1]))
+    save_png(f"{path}_film.png", *[grid(x, cols) for x in clips.unbind(1)])
+
+
+def save_samples(args, model):
+    """samples.npz and samples.png: clips from nothing, or, of orbits, the other views of test
+    scenes given the first. futures.png, or views.png and circle.png: see README.md."""
+    start, frames, out = time.time(), args.shape[0], args.out
+    clips = generate(args, model, args.num, [1 if args.data == "orbit" else 0])
+    path = args.save or out / "samples.npz"
+    np.savez(path, clips.permute(0, 1, 3, 4, 2))
+    say(f"{args.num} clips in {time.time() - start:.1f} s: {path} and {out}/samples.png")
+    save_clips(out / "samples", clips[:10], 5)
+    if args.data == "orbit":
+        save_clips(out / "views", generate(args, model, 5, [frames, 1]), 2)
+        save_clips(out / "circle", draw_circle(args, model), 3)
+    else:  # real, three futures of one frame, the continuation of two frames
+        save_clips(out / "futures", generate(args, model, 3, [frames, 1, 1, 1, 2]), 5)
+
+
+# ---- Plumbing: the same in every file; skip it on a first reading --------------------------------
+
+HERE, NAME = Path(__file__).resolve().parent, Path(__file__).stem
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+
+
+def say(message):
+    if RANK == 0:
+        print(message, flush=True)
+
+
+def die(message):
+    """For mistakes of the user: one line, exit code 2."""
+    print(f"{NAME}.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def to_float(x):
+    return x.float() / 127.5 - 1  # 0..255 -> -1..1
+
+
+def to_uint8(x):
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def grid(images, cols, zoom=3):
+    """Images (N, C, H, W) uint8 as one picture (H', W', 3), row by row."""
+    x = images.cpu().permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+    x = x.repeat(zoom, 1).repeat(zoom, 2)
+    x = np.pad(x, ((0, -len(x) % cols), (1, 1), (1, 1), (0, 0)), constant_values=64)
+    N, H, W, _ = x.shape
+    return x.reshape(N // cols, cols, H, W, 3).swapaxes(1, 2).reshape(N // cols * H, cols * W, 3)
+
+
+def save_png(path, *frames, fps=8):
+    """Write one picture (H, W, 3) uint8, or several as an animated PNG, which browsers play."""
+    def chunk(tag, data):
+        return struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
+
+    H, W, _ = frames[0].shape
+    out = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", W, H, 8, 2, 0, 0, 0))
+    out += chunk(b"acTL", struct.pack(">2I", len(frames), 0)) if len(frames) > 1 else b""
+    for i, frame in enumerate(frames):
+        data = zlib.compress(np.pad(frame.reshape(H, W * 3), ((0, 0), (1, 0))).tobytes())
+        if len(frames) > 1:
+            number = max(0, 2 * i - 1)  # chunks are numbered: fcTL 0, IDAT, fcTL 1, fdAT 2, ...
+            out += chunk(b"fcTL", struct.pack(">5I2H2B", number, W, H, 0, 0, 1, fps, 0, 0))
+        out += chunk(b"fdAT", struct.pack(">I", 2 * i) + data) if i else chunk(b"IDAT", data)
+    Path(path).write_bytes(out + chunk(b"IEND", b""))
+
+
+def save_checkpoint(args, step, **state):
+    """Write OUT/model.pt; the rename is atomic, so a kill leaves the previous checkpoint whole."""
+    names = [*HPARAMS, "data", "seed", "shape", "classes"]
+    config = {name: value for name, value in vars(args).items() if name in names}
+    torch.save(dict(file=NAME, config=config, step=step, **state), args.out / "model.part")
+    os.replace(args.out / "model.part", args.out / "model.pt")
+
+
+def load_checkpoint(path):
+    """A checkpoint of this file, on the CPU; weights_only: nothing in it is executed."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch.load does not compare checksums
+                raise ValueError(damaged)
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        if ckpt.get("file") != NAME:
+            die(f"{path} is not a checkpoint of {NAME}.py, but of {ckpt.get('file')}")
+        return ckpt
+    except FileNotFoundError:
+        die(f"{path} is missing: run --train first")
+    except Exception as e:
+        die(f"{path} is not a checkpoint, or damaged ({type(e).__name__})")
+
+
+def autocast(args):
+    """bf16 on GPUs and CPUs that compute in it."""
+    if args.device == "cpu":
+        bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    else:
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=bf16)
+
+
+def parse_args(argv=None, config=None):
+    """Flags; those not given come from config (of a checkpoint), then from the column of --size."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = p.add_argument
+    add("--train", action="store_true", help="train, then sample")
+    add("--sample", action="store_true", help="sample from OUT/model.pt, or else from pretrained/")
+    add("--resume", action="store_true", help="with --train: continue from OUT/model.pt")
+    add("--compile", action="store_true", help="torch.compile: slow start, faster steps")
+    add("--data", default="roll", help="roll, orbit, or an .npz with clips (N, F, H, W, C) uint8")
+    add("--out", type=Path, help="folder for everything written, default out/ and the model's name")
+    add("--size", choices=SIZES, default="small", help="preset for the flags below")
+    add("--num", type=int, default=20, help="number of samples")
+    add("--save", type=Path, help="file for the samples (.npz), default OUT/samples.npz")
+    add("--seed", type=int, default=0, help="of all random numbers")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for name, (*values, text) in HPARAMS.items():
+        many = isinstance(values[0], list)
+        add("--" + name.replace("_", "-"), type=type(values[0][0] if many else values[0]),
+            nargs="+" if many else None, help=f"{text} {tuple(values)}")
+    p.set_defaults(**(config or {}))
+    args = p.parse_args(argv)
+    for name, row in HPARAMS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, row[SIZES.index(args.size)])
+    args.model = f"{NAME}_orbit" if args.data == "orbit" else NAME
+    args.out = args.out or Path("out") / args.model
+    return args
+
+
+def main(argv=None):
+    args, ckpt = parse_args(argv), None
+    if not (args.train or args.sample):
+        return parse_args(["--help"])
+    if args.resume or not args.train:
+        path = args.out / "model.pt"
+        if not path.exists() and not args.resume:
+            path = HERE / "pretrained" / f"{args.model}.pt"
+        ckpt = load_checkpoint(path)
+        args = parse_args(argv, ckpt["config"])
+        say(f"{path}, step {ckpt['step']:,}")
+    if WORLD > 1:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.train:
+        model = train(args, ckpt)
+    else:
+        model = build(args).eval()
+        model.load_state_dict(ckpt["ema"])
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if RANK == 0:
+        save_samples(args, model)
+
+
+if __name__ == "__main__":
+    main()
