@@ -57,7 +57,7 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "batch_size": (64, 256, "scenes per step of either stage, over all GPUs"),
     "lr": (3e-3, 5e-4, "peak learning rate of the transformer"),
     "every": (500, 5000, "steps between checkpoints"),
-    "guidance": (2.5, 2.5, "w: larger is more faithful to the text and less varied; 1 is off"),
+    "guidance": (2.0, 2.0, "w: larger is more faithful to the text and less varied; 1 is off"),
 }
 
 # ---- 1. Scenes and captions (slide Dall-E: "Conditioned on text prompts") ------------------------

@@ -662,18 +662,18 @@ def save_clips(path, clips, cols):
 
 
 def save_samples(args, model):
-    """samples.npz and samples.png: clips from nothing, or, of orbits, the other views of test
-    scenes given the first. futures.png, or views.png and circle.png: see README.md."""
+    """samples.npz and samples.png: clips from nothing, or, of orbits, views of test scenes of which
+    the first is given. More pictures of test clips, with the real ones; each is also a film."""
     start, frames, out = time.time(), args.shape[0], args.out
     clips = generate(args, model, args.num, [1 if args.data == "orbit" else 0])
     path = args.save or out / "samples.npz"
     np.savez(path, clips.permute(0, 1, 3, 4, 2))
     say(f"{args.num} clips in {time.time() - start:.1f} s: {path} and {out}/samples.png")
     save_clips(out / "samples", clips[:10], 5)
-    if args.data == "orbit":
+    if args.data == "orbit":  # rows: real, drawn from the first view
         save_clips(out / "views", generate(args, model, 5, [frames, 1]), 2)
         save_clips(out / "circle", draw_circle(args, model), 3)
-    else:  # real, three futures of one frame, the continuation of two frames
+    else:  # rows: real, three futures of the first frame, the continuation of the first two
         save_clips(out / "futures", generate(args, model, 3, [frames, 1, 1, 1, 2]), 5)
 
 

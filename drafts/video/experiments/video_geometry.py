@@ -10,7 +10,7 @@ Writes     out/video_geometry/views.png: real views, drawn ones, and those of on
 Every measure has rows for what is right (real renders) and for what knows nothing: the empty table,
 drawn from the camera and the table's angle alone; another scene from the same cameras; noise.
 PSNR      of views 2..F, in dB. The mean of all possible answers has the best PSNR and is blurred:
-sharp     so the size of the differences of neighbouring pixels stands beside it; real renders: 1
+sharp     so the mean square of neighbouring pixels' differences stands beside it; real renders: 1
 spheres   distance in pixels of each colour's middle from that in the real render; found: its share
 lines     offset in pixels of the steepest place across the table's lines, where these are in sight;
           looked for within 2.5 pixels, so what knows nothing has about 1.2
@@ -37,9 +37,9 @@ def psnr(x, real):
 
 
 def sharpness(x):
-    """Mean size of the differences of neighbouring pixels of clips (N, F, C, H, W) uint8."""
+    """Mean square of the differences of neighbouring pixels of clips (N, F, C, H, W) uint8."""
     x = x.float()
-    return (x.diff(dim=3).abs().mean() + x.diff(dim=4).abs().mean()).item()
+    return (x.diff(dim=3).square().mean() + x.diff(dim=4).square().mean()).item()
 
 
 def without(scenes, what):

@@ -66,7 +66,7 @@ def to_table(at, K, pose, height=0.31):
     return (eye + (height - eye[..., 2:]) / ray[..., 2:] * ray)[..., :2].clamp(-1.2, 1.2)
 
 
-def fit_law(at, there, K, pose, steps=60):
+def fit_law(at, there, K, pose, steps=40):
     """Mean distance in pixels (N,) from the nearest path that the law allows, for spheres at
     (N, F, 2, 2) where there (N, F, 2). Paths start where the first two frames say, at rest or with
     half or all of the velocity that they say, and are improved by Adam; the best counts."""

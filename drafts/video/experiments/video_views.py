@@ -61,7 +61,7 @@ def record_attention(model, x, t, rays):
 
 
 def show(ax, picture, title=""):
-    ax.imshow(picture.permute(1, 2, 0))
+    ax.imshow(picture.permute(1, 2, 0).numpy())
     ax.set_title(title, fontsize=8)
     ax.axis("off")
 
@@ -94,14 +94,14 @@ def main(argv=None):
                 off[name].append(distance_to_line(at[i, f, b], line).item())
     print("| sphere's middle from its epipolar line | pixels |\n| --- | --- |")
     for name, distances in off.items():
-        print(f"| {name} | {np.mean(distances):.2f} |")
+        print(f"| {name} | {torch.tensor(distances).mean():.2f} |")
     at = video_motion.find(real, hues)[0][0, 0, 0].tolist()
     figure, axes = plt.subplots(2, args.frames, figsize=(1.3 * args.frames, 3), squeeze=False)
     for row, (name, x) in zip(axes, list(rows.items())[:2]):
         for f, ax in enumerate(row):
             show(ax, x[0, f], f"{name}, view {f + 1}")
             line = epipolar_line(K[0], pose[0], 0, f, *at) if f else torch.tensor([at])
-            ax.plot(*(line - 0.5).T, "w." if f == 0 else "w-", linewidth=0.8)
+            ax.plot(*(line - 0.5).T.numpy(), "w." if f == 0 else "w-", linewidth=0.8)
             ax.set(xlim=(-0.5, args.height - 0.5), ylim=(args.height - 0.5, -0.5))
     figure.savefig(a.out / "epipolar.png", dpi=120, bbox_inches="tight")
 
@@ -118,7 +118,7 @@ def main(argv=None):
     figure, axes = plt.subplots(2, args.frames, figsize=(1.3 * args.frames, 3), squeeze=False)
     for g in range(args.frames):
         show(axes[0, g], real[0, g], f"view {g + 1}")
-        axes[1, g].imshow(seen[g], vmin=0, vmax=seen.max())
+        axes[1, g].imshow(seen[g].numpy(), vmin=0, vmax=seen.max().item())
         axes[1, g].axis("off")
     axes[0, f].plot((u + 0.5) * args.patch - 0.5, (v + 0.5) * args.patch - 0.5, "w+")
     figure.savefig(a.out / "attention.png", dpi=120, bbox_inches="tight")
