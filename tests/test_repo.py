@@ -72,6 +72,25 @@ def test_commands_parse(monkeypatch):
             importlib.import_module(file[:-3]).parse_args(shlex.split(rest))
 
 
+def test_the_training_step_of_the_readme():
+    """The Python block of README.md, but for its comment, consists of lines of ddpm.py."""
+    source = (ROOT / "ddpm.py").read_text(encoding="utf-8")
+    lines = "\n".join(line.strip() for line in source.splitlines())
+    block = re.search(r"```python\n(.*?)```", TEXT[ROOT / "README.md"], re.S)[1]
+    parts = re.sub(r"^#.*\n", "", block, flags=re.M).split("\n\n\n")
+    assert len(parts) == 3
+    for part in parts:
+        assert "\n".join(line.strip() for line in part.strip().splitlines()) in lines
+
+
+def test_line_counts_of_the_readme():
+    """In the table of files, and their sum."""
+    counts = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    found = re.findall(r"^\| `(\w+\.py)` \| ([\d,]+) \|", TEXT[ROOT / "README.md"], re.M)
+    assert {name: int(count.replace(",", "")) for name, count in found[:7]} == counts
+    assert f"{sum(counts.values()):,} lines" in TEXT[ROOT / "README.md"]
+
+
 def test_links_and_pictures_exist():
     """What the documents link to inside the repository is there, and every picture is used."""
     used = set()

@@ -171,11 +171,9 @@ def trace_rays(scenes, K, pose, H, W, fine=2):
     s = torch.cat([nearest_sphere(scenes.centre, scenes.radius, o, d), s[..., None]], dim=-1)
     s, which = s.min(dim=-1)  # (n, F, P)
     point = o + s.nan_to_num(posinf=0)[..., None] * d
-    # the sun's light comes along a straight line, unless the other sphere is in the way
+    # the sun's light comes along a straight line, unless a sphere is in the way
     sun = scenes.sun[:, None, None].expand_as(d)
-    blocked = nearest_sphere(scenes.centre, scenes.radius, point, sun).isfinite()
-    itself = F.one_hot(which, 3)[..., :2].bool()
-    lit = ~(blocked & ~itself).any(dim=-1)
+    lit = nearest_sphere(scenes.centre, scenes.radius, point, sun).isinf().all(dim=-1)
     second = (which == 1)[..., None]
     centre = torch.where(second, scenes.centre[:, :, None, 1], scenes.centre[:, :, None, 0])
     colour = torch.where(second, scenes.colour[:, None, None, 1], scenes.colour[:, None, None, 0])
@@ -213,8 +211,8 @@ def roll(p, v, radius, frames, fine=8):
 
 
 def fixed_camera(n, frames, size):
-    """The camera of the rolling spheres, from above; all places where they can be are in sight: K
-    (n, F, 3, 3), pose (n, F, 3, 4)."""
+    """The camera of the rolling spheres, K (n, F, 3, 3) and pose (n, F, 3, 4): so high above them
+    that their centres are always in sight."""
     azimuth, *others = (torch.tensor([a]) for a in (15.0, 55.0, 3.5, 42.0))
     K, pose = orbit(azimuth[None], *others, size)
     return K.expand(n, frames, -1, -1), pose.expand(n, frames, -1, -1)
