@@ -228,7 +228,9 @@ def test_guidance(w):
 
 
 def test_draw_never_takes_what_has_no_probability():
-    """The largest u gives the last possible level, also where p sums to less than 1."""
+    """The largest u gives the last possible level, also where p sums to less than 1; u = 0 the first
+    possible one."""
+    assert pixelcnn.draw(torch.tensor([[-math.inf, 0.0]]), torch.tensor([0.0])).tolist() == [1]
     logits = torch.tensor([[0.0, 1.0, -math.inf]]).repeat(2, 1)
     assert pixelcnn.draw(logits, torch.tensor([1e-9, 1 - 2**-24])).tolist() == [0, 1]
     logits = torch.randn(1000, 256, generator=torch.Generator().manual_seed(0))

@@ -10,8 +10,7 @@ Writes     out/video_motion/worst.png: the clips furthest from the law, given tw
 
 A sphere is found by its hue, at least 4 pixels of it; in a clip from nothing the two hues with most
 pixels count. The law's path is fitted to what is found: real clips have the floor of the measure,
-noise its ceiling. Frames without the sphere do not count: read it beside "both spheres there". "To
-the truth" is the distance from the real clip's spheres.
+noise its ceiling. Frames without the sphere do not count in it.
 """
 import argparse
 import sys
@@ -26,11 +25,13 @@ import video_diffusion as vd
 
 
 def hues_of(clips):
-    """Clips (N, F, 3, H, W) uint8 -> masks (N, F, 6, H, W) bool of the pixels of each hue. Shade
-    changes the brightness of a colour, not its direction; grey, the table, is no hue."""
+    """Clips (N, F, 3, H, W) uint8 -> masks (N, F, 6, H, W) bool of the pixels of each hue with at
+    least 3 neighbours of it. Shade changes a colour's brightness, not its direction."""
     x = F.normalize(clips.float() + 1e-3, dim=2)
     match = torch.einsum("nfchw,kc->nfkhw", x, F.normalize(vd.HUES, dim=1))
-    return (match > 0.985) & (clips.amax(2, keepdim=True) > 50)
+    match = (match > 0.985) & (clips.amax(2, keepdim=True) > 50)
+    count = 9 * F.avg_pool2d(match.flatten(0, 1).float(), 3, stride=1, padding=1)
+    return match & (count > 3.5).view_as(match)
 
 
 def find(clips, hues=None):
@@ -117,18 +118,17 @@ def main(argv=None):
     model.load_state_dict(ckpt["ema"])
     real, K, pose = (x.cpu() for x in vd.load_clips(args, "test", a.num))
     true_at, true_there, hues = find(real)
-
     rows = {"real clips": (real, 1)}
     for given in (0, 1, 2):  # three futures of every clip; from nothing, one
         many = [given] * (3 if given else 1)
         rows[f"drawn, {given} frames given"] = vd.generate(args, model, a.num, many), len(many)
     rows["drawn, 2 given, frames not joined"] = vd.generate(args, alone(model), a.num, [2]), 1
     rows["noise"] = torch.randint(256, real.shape, dtype=torch.uint8), 1
-    print("| clips | both spheres there | to the law | to the truth | spread of 3 futures |")
-    print("| --- | --- | --- | --- | --- |")
+    print("| clips | both spheres there | to the law | to the truth | spread of 3 futures |\n"
+          "| --- | --- | --- | --- | --- |")
     for name, (x, answers) in rows.items():
         given = int(name[7]) if name.startswith("drawn") else 0
-        fresh = name == "noise" or name == "drawn, 0 frames given"
+        fresh = name in ("noise", "drawn, 0 frames given")
         known = None if fresh else hues.repeat_interleave(answers, 0)
         at, there, _ = find(x, known)
         law = fit_law(at, there, *(c.repeat_interleave(answers, 0) for c in (K, pose)))
@@ -136,13 +136,13 @@ def main(argv=None):
         both = (there.unflatten(0, (-1, answers)) & true_there[:, None])[:, :, given:]
         truth = (away * both).sum() / both.sum().clamp(min=1)
         cells = [f"{there[:, given:].all(2).float().mean():.3f}", f"{law.mean():.2f} px",
-                 "" if known is None else f"{truth:.2f} px", ""]
+                 "" if fresh else f"{truth:.2f} px", ""]
         if answers > 1:
             futures = [y.unflatten(0, (-1, answers))[:, :, given:] for y in (at, there)]
             cells[3] = f"{spread_of(*futures):.2f} px"
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
-        if given == 2 and answers > 1:
-            worst = x[law.topk(min(8, len(law))).indices]
+        if name == "drawn, 2 frames given":
+            worst = x[law.argsort(descending=True)[:8]]
             vd.save_png(a.out / "worst.png", vd.grid(worst.flatten(0, 1), x.shape[1]))
 
 

@@ -54,8 +54,7 @@ def test_spheres_are_found(world):
     off = (at - seen).norm(dim=-1)[there]
     assert off.median() < 0.4 and (off < 1).float().mean() > 0.85
     noise = torch.randint(256, clips.shape, dtype=torch.uint8)
-    noise_at, _, _ = video_motion.find(noise, true)
-    assert (noise_at - seen).norm(dim=-1).mean() > 5
+    assert video_motion.find(noise)[1].float().mean() < 0.05
 
 
 def test_places_on_the_table(world):
