@@ -553,6 +553,7 @@ def save_samples(args, model):
 
 def complete_scenes(args, model):
     """Complete the lower half of scenes of test digits: complete.png.
+
     Columns: the scene, what is given, four completions with the caption, four without any text."""
     images, texts, _ = load_scenes(8, "test", "seen", args, single=0)
     given = images.clone()
@@ -569,14 +570,11 @@ def complete_scenes(args, model):
 
 VERBS = {"sample": save_samples, "complete": complete_scenes}
 
-
 # ---- Plumbing: the same in every file; skip it on a first reading --------------------------------
 
 HERE, NAME = Path(__file__).resolve().parent, Path(__file__).stem
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
-URLS = {"mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/",
-        "fashion": "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
-        "cifar10": "https://www.cs.toronto.edu/~kriz/"}
+URLS = {"mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/"}
 
 
 def say(message):

@@ -659,7 +659,8 @@ def train_first_stage(args, model, ckpt):
     if ckpt:
         opt.load_state_dict(ckpt["optimizer"])
     ddp = DistributedDataParallel(net) if WORLD > 1 else net
-    bar = tqdm(range(start + 1, args.ae_steps + 1), desc="autoencoder", disable=RANK > 0)
+    bar = tqdm(range(start + 1, args.ae_steps + 1), desc="autoencoder", initial=start,
+               total=args.ae_steps, disable=RANK > 0)
     for step in bar:
         # Every step has its own seed: --resume continues exactly, and the processes of torchrun,
         # number RANK of WORLD, draw the same global batch, of which each takes its share.
@@ -708,7 +709,8 @@ def train_denoiser(args, model, ckpt):
     if args.compile:
         net.compile()
     ddp = DistributedDataParallel(net) if WORLD > 1 else net
-    bar = tqdm(range(start + 1, args.steps + 1), desc="denoiser", disable=RANK > 0)
+    bar = tqdm(range(start + 1, args.steps + 1), desc="denoiser", initial=start, total=args.steps,
+               disable=RANK > 0)
     for step in bar:
         torch.manual_seed(args.seed * 10_000_000 + step)
         index = torch.randint(len(z), (B,), device=args.device)[RANK::WORLD]
@@ -788,9 +790,7 @@ def draw_latents(args, model):
 
 HERE, NAME = Path(__file__).resolve().parent, Path(__file__).stem
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
-URLS = {"mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/",
-        "fashion": "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
-        "cifar10": "https://www.cs.toronto.edu/~kriz/"}
+URLS = {"mnist": "https://ossci-datasets.s3.amazonaws.com/mnist/"}
 
 
 def say(message):

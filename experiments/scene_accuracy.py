@@ -139,7 +139,8 @@ def main(argv=None):
             back = torch.cat([lesson.to_uint8(model.autoencoder.reconstruct(lesson.to_float(x)))
                               for x in images.split(500)])
         drawn = lesson.generate(args, model, texts)
-        rows = {"real": images, "real, through the first stage": back, "drawn": drawn}
+        rows = {"real": images, "real, with the next one's caption": images.roll(-1, 0),
+                "real, through the first stage": back, "drawn": drawn}
         for name, x in rows.items():
             shares = accuracy(judge, x, facts).mean(0).tolist()
             cells = " | ".join(f"{share:.3f}" for share in shares)
