@@ -1,689 +1,408 @@
-"""video_diffusion.py: cameras and rays obey projective geometry, worlds their laws, the network leaves
-pictures alone until it is told that they are a clip, and frames that are given stay as they are."""
+"""video_diffusion.py: cameras and renderer against a ray tracer of a few lines, motion against the
+laws, the network against what it must not see, the sampler against Gaussians in closed form."""
 
-import functools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-
+import torch.nn.functional as F
 import video_diffusion as vd
 from inprocess import call
 
+SMALL = ("--scenes 12 --frames 4 --height 16 --width 16 --batch-size 4 --picture-steps 1 --steps 3 "
+         "--every 3 --sample-steps 2 --num 3 --device cpu").split()
+both_worlds = pytest.mark.parametrize("data", ["roll", "orbit"])
+
+# ---- Cameras -------------------------------------------------------------------------------------
 
 
-def cameras(n=5, frames=4, size=32, seed=0):
-    return vd.random_orbits(n, frames, size, np.random.default_rng(seed))
+def project(K, pose, X):
+    """Pixels (..., 2) of points X (..., 3): K R^T (X - c), as the docstring has it."""
+    p = K @ pose[..., :3].mT @ (X - pose[..., 3])[..., None]
+    return p[..., :2, 0] / p[..., 2:, 0]
 
 
-def rotation(seed=0):
-    """A random rotation, float64."""
-    q, r = np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))
-    q = q * np.sign(np.diag(r))
-    return torch.from_numpy(q * np.linalg.det(q))
+def random_cameras(n=3, frames=2):
+    g = torch.Generator().manual_seed(0)
+    eye = torch.randn(n, frames, 3, generator=g) + torch.tensor([0, 0, 4.0])
+    pose = vd.look_at(eye, torch.randn(n, frames, 3, generator=g) * 0.2)
+    return torch.tensor([[21.0, 0, 7], [0, 27, 11], [0, 0, 1]]).expand(n, frames, 3, 3), pose
 
 
-def small(data="orbit", **flags):
-    """Arguments and a random Film: clips of 4 frames, 16 x 16; digits with a convolution over time."""
-    argv = ["--data", data, "--device", "cpu", *"--height 16 --frames 4 --patch 2 --width 8 --mults 1 2 "
-            "--heads 1 --sample-steps 3 --num 2 --scenes 4 --side-width 4".split()]
-    args = vd.parse_args(argv)
-    args.bf16, args.shape = False, [3 if data == "orbit" else 1, 16, 16]
-    args.time_kernel = 0 if data == "orbit" else 3
-    for key, value in flags.items():
-        setattr(args, key, value)
+def test_look_at():
+    """Right-handed and orthonormal; the target is in the middle; what is higher is further up, and
+    what is on the right is on the right."""
+    eye, target = torch.tensor([3.0, 0, 2]), torch.tensor([0, 0.5, 0.1])
+    pose, K = vd.look_at(eye, target), torch.diag(torch.tensor([10.0, 10, 1]))
+    R = pose[:, :3]
+    assert torch.allclose(R.mT @ R, torch.eye(3), atol=1e-6) and torch.det(R) > 0.999
+    assert torch.allclose(project(K, pose, target), torch.zeros(2), atol=1e-5)
+    assert project(K, pose, target + torch.tensor([0, 0, 0.1]))[1] < -0.1
+    assert project(K, pose, target + torch.tensor([0, 0.1, 0]))[0] > 0.1  # seen from +x, y is right
+
+
+@pytest.mark.parametrize("patch", [1, 4])
+def test_rays_are_projection_inverted(patch):
+    """Points on the ray of a pixel, or of a patch, are seen in its middle."""
+    K, pose = random_cameras()
+    d = vd.pixel_rays(K, pose, 5, 6, 1 / patch)
+    v, u = torch.meshgrid(torch.arange(5) + 0.5, torch.arange(6) + 0.5, indexing="ij")
+    for s in (0.5, 3.0):
+        X = pose[:, :, None, None, :, 3] + s * d
+        seen = project(K[:, :, None, None], pose[:, :, None, None], X)
+        assert torch.allclose(seen, patch * torch.stack([u, v], -1), atol=1e-3)
+
+
+def test_camera_rays():
+    """Pluecker coordinates name the line and not the camera on it; the planes are crossed where a
+    point of the ray has their height; all lengths are in units of the first camera's distance."""
+    K, pose = random_cameras()
+    rays = vd.camera_rays(K, pose, 12, 16, 4).movedim(2, -1)  # (n, F, 3, 4, 34)
+    assert rays.shape == (3, 2, 3, 4, vd.RAYS)
+    d, moment = rays[..., :3], rays[..., 3:6]
+    c = (pose[..., 3] / pose[:, :1, :, 3].norm(dim=-1, keepdim=True))[:, :, None, None]
+    assert torch.allclose(d, vd.pixel_rays(K, pose, 3, 4, 0.25), atol=1e-6)
+    assert torch.allclose(torch.linalg.cross(c + 1.7 * d, d), moment, atol=1e-5)
+    for k, z in ((6, 0.0), (8, 0.15)):
+        X = c + (z - c[..., 2:]) / d[..., 2:] * d
+        near = (d[..., 2] < -0.1) & (X[..., :2].abs() < 2).all(-1)
+        assert near.any() and torch.allclose(X[near][:, :2], rays[..., k:k + 2][near], atol=1e-5)
+    pose = torch.cat([pose[..., :3], 5 * pose[..., 3:]], -1)
+    assert torch.allclose(vd.camera_rays(K, pose, 12, 16, 4).movedim(2, -1), rays, atol=1e-5)
+
+
+# ---- The renderer --------------------------------------------------------------------------------
+
+
+def hit(centre, radius, o, d):
+    """Smallest s > 0 with |o + s d - c| = r, from the roots of the polynomial; or inf."""
+    roots = np.roots([d @ d, 2 * d @ (o - centre), (o - centre) @ (o - centre) - radius**2])
+    return min((s.real for s in roots if abs(s.imag) < 1e-9 and s.real > 1e-6), default=math.inf)
+
+
+def trace(centre, radius, colour, sun, tone, turn, o, d):
+    """Colour (3,) along one ray, in float64."""
+    s = [hit(centre[0], radius[0], o, d), hit(centre[1], radius[1], o, d), math.inf]
+    if d[2] < 0:
+        x, y, _ = o - o[2] / d[2] * d
+        at = (x + 1j * y) * np.exp(-1j * turn)  # turned back
+        s[2] = -o[2] / d[2] if max(abs(at.real), abs(at.imag)) <= 1.2 else math.inf
+    first = int(np.argmin(s))
+    if s[first] == math.inf:
+        return np.array([0.10, 0.12, 0.18])
+    point = o + s[first] * d
+    lit = all(hit(centre[i], radius[i], point, sun) == math.inf for i in {0, 1} - {first})
+    if first == 2:
+        tiles = int((at.real + 1.2) // 0.8) + int((at.imag + 1.2) // 0.8)
+        return np.full(3, tone[tiles % 2] * (0.35 + 0.65 * lit))
+    normal = (point - centre[first]) / radius[first]
+    return colour[first] * (0.35 + 0.65 * lit * max(0, normal @ sun))
+
+
+@both_worlds
+def test_renderer(data):
+    """Two frames, ray by ray; rays that graze an edge may differ. A pixel is the mean of 2 x 2."""
+    scenes, K, pose = vd.random_world(data, 1, 2, 14, np.random.default_rng(4))
+    found, wrong = vd.trace_rays(scenes, K, pose, 14, 14, fine=1)[0], 0
+    centre, *others = (a[0].double().numpy() for a in scenes)
+    for f, i, j in np.ndindex(2, 14, 14):
+        R, c = pose[0, f].double().numpy()[:, :3], pose[0, f, :, 3].double().numpy()
+        d = R @ np.linalg.inv(K[0, f].double().numpy()) @ [j + 0.5, i + 0.5, 1]
+        want = trace(centre[f], *others, c, d / np.linalg.norm(d))
+        wrong += np.abs(found[f, :, i, j].numpy() - want).max() > 1e-3
+    assert wrong <= 3
+    large = vd.trace_rays(scenes, K * torch.tensor([2.0, 2, 1])[:, None], pose, 28, 28, fine=1)
+    mean = large.unflatten(4, (14, 2)).unflatten(3, (14, 2)).mean(dim=(4, 6))
+    assert torch.allclose(vd.trace_rays(scenes, K, pose, 14, 14), mean, atol=1e-3)
+
+
+# ---- Motion and data -----------------------------------------------------------------------------
+
+
+def test_rolling():
+    """Alone, a sphere keeps its velocity, and is mirrored at the edge, to a fine step."""
+    p, v = torch.tensor([[[0.0, -0.5], [0.0, 0.9]]]), torch.tensor([[[0.2, 0.0], [0.0, 0.0]]])
+    x = vd.roll(p, v, torch.tensor([[0.3, 0.2]]), 10, fine=100)[0, :, 0]
+    free = 0.2 * torch.arange(10)
+    assert torch.allclose(x[:, 0], torch.minimum(free, 2 * 0.9 - free), atol=0.01)
+    assert (x[:, 1] == -0.5).all()
+
+
+def test_collisions_obey_the_laws(monkeypatch):
+    """200 pairs on a table so large that nothing bounces: momentum and energy are kept, spheres do
+    not pass through one another, and velocities change along the line of centres alone."""
+    monkeypatch.setattr(vd, "TABLE", 100.0)
+    rng = np.random.default_rng(0)
+    radius = torch.from_numpy(rng.uniform(0.2, 0.4, (200, 2))).float()
+    p = torch.tensor([[[-0.5, 0.0], [0.5, 0.0]]]).expand(200, -1, -1)
+    v = torch.from_numpy(rng.uniform(-0.015, 0.015, (200, 2, 2))).float()
+    path = vd.roll(p, v + torch.tensor([[0.05, 0.0], [-0.05, 0.0]]), radius, 16, fine=64)
+    before, after = path[:, 1] - path[:, 0], path[:, -1] - path[:, -2]
+    assert torch.allclose(before.sum(1), after.sum(1), atol=1e-5)
+    assert torch.allclose(before.square().sum((1, 2)), after.square().sum((1, 2)), atol=1e-5)
+    gap = path[:, :, 0] - path[:, :, 1]
+    near = 2 * radius.prod(-1).sqrt()
+    assert (gap.norm(dim=-1) > near[:, None] - 0.01).all()  # |a + b|^2 - |a - b|^2 = 4 a b
+    change = after[:, 0] - before[:, 0]
+    met = change.norm(dim=-1) > 0.02
+    n = F.normalize(gap[torch.arange(200), gap.norm(dim=-1).argmin(1)], dim=-1)
+    across = (change[:, 0] * n[:, 1] - change[:, 1] * n[:, 0]).abs()
+    assert met.sum() > 100 and (across < 0.2 * change.norm(dim=-1))[met].all()
+
+
+@both_worlds
+def test_random_worlds(data):
+    """Spheres stand on the table and apart, colours differ; what shall move moves and the rest does
+    not; test scenes are others than training scenes, and the same again."""
+    scenes, K, pose = vd.random_world(data, 200, 6, 32, np.random.default_rng(0))
+    p, z = scenes.centre[..., :2], scenes.centre[..., 2]
+    assert torch.equal(z, scenes.radius[:, None].expand_as(z))
+    gap = (p[:, :, 0] - p[:, :, 1]).norm(dim=-1)
+    assert (gap > 2 * scenes.radius.prod(-1).sqrt()[:, None] - 0.06).all()
+    assert (scenes.colour[:, 0] != scenes.colour[:, 1]).any(1).all()
+    assert torch.allclose(scenes.sun.norm(dim=1), torch.ones(200))
+    eye, speed = pose[..., 3], (p[:, 1] - p[:, 0]).norm(dim=-1)
+    if data == "roll":
+        assert (p.abs().amax(-1) <= vd.TABLE - scenes.radius[:, None] + 0.04).all()
+        assert (speed < 0.25).all() and (speed > 0.07).float().mean() > 0.9
+        assert (eye == eye[0, 0]).all() and (scenes.turn == 0).all()
+    else:
+        assert (p.norm(dim=-1) <= vd.TABLE - scenes.radius[:, None]).all()  # at any angle
+        assert speed.max() == 0 and scenes.turn.std() > 0.3
+        azimuth = torch.rad2deg(torch.atan2(eye[..., 1], eye[..., 0]))
+        step = (azimuth.diff(dim=1) + 180) % 360 - 180
+        assert azimuth[:, 0].abs().max() < 1e-4 and (step > 0).float().mean() > 0.3
+        assert step.abs().min() > 11.9 and step.abs().max() < 24.1
+    args = vd.parse_args([*SMALL, "--data", data])
+    train, again, test = (vd.load_clips(args, part, 2)[0] for part in ("train", "train", "test"))
+    assert torch.equal(train, again) and not torch.equal(train, test)
+
+
+def test_own_clips(tmp_path, capsys):
+    """A tenth is for testing; damaged and wrong files are refused in one line."""
+    clips = np.arange(20, dtype=np.uint8).repeat(3 * 8 * 4).reshape(20, 3, 8, 4, 1)
+    np.savez(tmp_path / "own.npz", clips=clips)
+    np.savez(tmp_path / "float.npz", clips=clips / 2)
+    np.savez(tmp_path / "flat.npz", clips=clips[:, 0])
+    np.savez(tmp_path / "name.npz", images=clips)
+    args = vd.parse_args(["--data", str(tmp_path / "own.npz"), "--device", "cpu"])
+    (train, K, _), (test, _, pose) = (vd.load_clips(args, part, 5) for part in ("train", "test"))
+    assert train.shape == (18, 3, 1, 8, 4) and K.shape == (18, 3, 3, 3) and len(pose) == 5
+    assert {*train[:, 0, 0, 0, 0].tolist()} == {*range(20)} - {0, 10}
+    assert test[:, 0, 0, 0, 0].tolist() == [0, 10, 0, 10, 0]
+    (tmp_path / "junk.npz").write_bytes(b"junk")
+    for name in ("junk", "none", "float", "flat", "name"):
+        args.data = str(tmp_path / f"{name}.npz")
+        with pytest.raises(SystemExit):
+            vd.load_clips(args, "train", 5)
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---- The network ---------------------------------------------------------------------------------
+
+
+def network(random_time=True):
+    """A small network whose zero-initialised layers are random; those over time if random_time."""
     torch.manual_seed(0)
-    model = vd.Film(args).eval()
-    for net in (model.net, model.ema):  # nothing is zero, or nothing would be tested
-        for p in net.parameters():
+    net = vd.VideoUNet(3, 2, 16, (1, 1), 1, 2)
+    for name, p in net.named_parameters():
+        over_time = ".conv3." in name or ".attention.out." in name
+        if not p.any() and (random_time or not over_time):
             torch.nn.init.normal_(p, std=0.2)
-    return args, model
+    return net
 
 
-# ---- Cameras (slide Generative models + geometry) ------------------------------------------------
+def inputs():
+    g = torch.Generator().manual_seed(1)
+    t = torch.randint(1, 1000, (2, 4), generator=g)
+    x, rays = torch.randn(2, 4, 3, 8, 8, generator=g), torch.randn(2, 4, vd.RAYS, 4, 4, generator=g)
+    return {"x": x, "t": t, "rays": rays}
 
 
-def test_project_by_hand():
-    """A camera at (0, -4, 0) that looks at the origin: right is x, up is z, so that (1, 0, 0.5) is seen
-    f/4 to the right of the centre and f/8 above it."""
-    pose = vd.look_at(torch.tensor([0.0, -4, 0]), torch.zeros(3))
-    K = vd.intrinsics(torch.tensor(90.0), 32)
-    assert torch.allclose(K, torch.tensor([[16.0, 0, 16], [0, 16, 16], [0, 0, 1]]), atol=1e-5)
-    uv, depth = vd.project(K, pose, torch.tensor([1.0, 0, 0.5]))
-    assert torch.allclose(uv, torch.tensor([16 + 4.0, 16 - 2.0]), atol=1e-5)
-    assert float(depth) == pytest.approx(4)
-
-
-def test_poses_are_right_handed_rotations():
-    """Trap 8: axes as in OpenCV, x right, y down, z forward; determinant 1, not -1."""
-    _, pose = cameras()
-    R = pose[..., :3]
-    assert torch.allclose(R @ R.mT, torch.eye(3).expand_as(R), atol=1e-5)
-    assert torch.allclose(torch.linalg.det(R), torch.ones(R.shape[:2]), atol=1e-5)
-    assert (R[..., 2, 1] < 0).all()  # down points down in the world
-
-
-@pytest.mark.parametrize("shape", [(3, 4), (4, 3), (3, 3), (5, 2)])
-def test_a_pixel_is_seen_on_its_own_ray(shape):
-    """Traps 29, 30: project(o + s d) is the pixel's centre, at + 0.5, for batches of 3 and 3 views too,
-    where a cross product without dim takes the wrong axis."""
-    K, pose = cameras(*shape)
-    d = vd.pixel_rays(K, pose, 5, 7)  # (n, F, 5, 7, 3)
-    X = pose[..., None, None, :, 3] + 2.7 * d
-    uv, depth = vd.project(K[:, :, None, None], pose[:, :, None, None], X)
-    v, u = torch.meshgrid(torch.arange(5) + 0.5, torch.arange(7) + 0.5, indexing="ij")
-    assert torch.allclose(uv, torch.stack([u, v], -1).expand_as(uv), atol=2e-3)
-    assert (depth > 0).all()
-    rays = vd.plucker(K, pose, 5, 7)
-    d2, m = rays.movedim(2, -1).split(3, -1)
-    expected = np.cross(pose[..., None, None, :, 3].expand_as(d).numpy(), d.numpy())
-    assert np.allclose(m, expected, atol=1e-5) and torch.allclose(d, d2)
-
-
-def test_pluecker_identities():
-    """|d| = 1, d . m = 0, and the moment is the same from any point of the ray."""
-    K, pose = cameras()
-    d, m = vd.plucker(K, pose, 6, 6).movedim(2, -1).split(3, -1)
-    assert torch.allclose(d.norm(dim=-1), torch.ones(5, 4, 6, 6), atol=1e-5)
-    assert (d * m).sum(-1).abs().max() < 1e-5
-    o = pose[..., None, None, :, 3] + 1.9 * d
-    assert torch.allclose(torch.linalg.cross(o, d, dim=-1), m, atol=1e-5)
-
-
-def test_rigid_motion_of_rays():
-    """Trap 30: world moved by X -> Q X + s: (d, m) -> (Q d, Q m + s x Q d)."""
-    K, pose = (a.double() for a in cameras())
-    Q, s = rotation(), torch.tensor([0.3, -1.2, 0.8]).double()
-    moved = torch.cat([Q @ pose[..., :3], Q @ pose[..., 3:] + s[:, None]], -1)
-    d, m = vd.plucker(K, pose, 4, 4).movedim(2, -1).split(3, -1)
-    d2, m2 = vd.plucker(K, moved, 4, 4).movedim(2, -1).split(3, -1)
-    assert torch.allclose(d2, d @ Q.T, atol=1e-6)
-    assert torch.allclose(m2, m @ Q.T + torch.linalg.cross(s.expand_as(d), d @ Q.T, dim=-1), atol=1e-6)
-
-
-def test_scale_is_normalised():
-    """Trap 31: all translations times 7 are the same input."""
-    K, pose = cameras()
-    larger = torch.cat([pose[..., :3], 7 * pose[..., 3:]], -1)
-    one, two = (vd.Clips(torch.empty(5, 4, 3, 32, 32), K, p).rays(2) for p in (pose, larger))
-    assert torch.allclose(one, two, atol=1e-4)
-    assert one.shape == (5, 4, 34, 16, 16)
-    assert torch.allclose(vd.normalised(pose)[:, 0, :, 3].norm(dim=1), torch.ones(5), atol=1e-5)
-
-
-def test_resize_and_cut_of_K():
-    """Trap 30: what is at (u, v) is, after a resize by 3 and a cut from (5, 2), at (3u - 5, 3v - 2)."""
-    K, pose = cameras()
-    X = torch.tensor([0.2, 0.1, 0.3])
-    uv = vd.project(K, pose, X)[0]
-    found = vd.project(vd.resized(K, 3, 5, 2), pose, X)[0]
-    assert torch.allclose(found, 3 * uv - torch.tensor([5.0, 2.0]), atol=1e-3)
-
-
-def test_mirror():
-    """Trap 32: the mirrored camera sees mirrored points at W - u, and stays right-handed; rendering the
-    mirrored scene with it gives the mirrored picture."""
-    K, pose = cameras(3, 2)
-    K = K.clone()
-    K[..., 0, 2] += 1.7
-    K2, pose2 = vd.mirrored(K, pose, 32)
-    X = torch.tensor([0.3, -0.2, 0.4])
-    uv, z = vd.project(K, pose, X)
-    uv2, z2 = vd.project(K2, pose2, X * torch.tensor([-1, 1, 1]))
-    assert torch.allclose(uv2[..., 0], 32 - uv[..., 0], atol=1e-4)
-    assert torch.allclose(uv2[..., 1], uv[..., 1], atol=1e-4) and torch.allclose(z, z2, atol=1e-5)
-    assert torch.allclose(torch.linalg.det(pose2[..., :3]), torch.ones(3, 2), atol=1e-5)
-    scenes, M = vd.random_scenes(3, np.random.default_rng(1)), torch.tensor([-1.0, 1, 1])
-    other = scenes._replace(centre=scenes.centre * M, light=scenes.light * M)
-    x, y = vd.render_clips(scenes, K, pose, 32), vd.render_clips(other, K2, pose2, 32)
-    assert (x.flip(-1).int() - y.int()).abs().float().mean() < 0.2  # an edge may round otherwise
-
-
-def test_things_on_a_plane_have_the_same_coordinates_in_all_views():
-    """plane_points: a point of the table, looked at by any camera, is at its own x and y."""
-    K, pose = cameras(2, 6)
-    X = torch.tensor([0.21, -0.13, 0.0])
-    uv = vd.project(K, pose, X)[0]  # (2, 6, 2)
-    shifted = vd.resized(K, 1.0)
-    shifted[..., :2, 2] += 0.5 - uv  # the pixel at (0.5, 0.5) now looks at X
-    found = vd.plane_points(shifted, pose, 1, 1)[:, :, :2, 0, 0]
-    assert torch.allclose(found, X[:2].expand_as(found), atol=1e-3)
-    raised = vd.plane_points(shifted, pose, 1, 1, heights=(0.5,))[:, :, :, 0, 0]
-    assert (raised - X[:2]).abs().max() > 0.1
-
-
-# ---- The worlds ----------------------------------------------------------------------------------
-
-
-def test_bounce_is_a_walk_that_turns_at_the_walls():
-    """Against a loop that moves step by step and reflects whatever sticks out; positions stay inside."""
-    rng = np.random.default_rng(0)
-    start, velocity = rng.uniform(7, 25, 50), rng.uniform(-3, 3, 50)
-    found = vd.bounce(torch.from_numpy(start), torch.from_numpy(velocity), 40, 7, 25).numpy()
-    x, v = start.copy(), velocity.copy()
-    for f in range(40):
-        assert np.allclose(found[:, f], x)
-        x = x + v
-        low, high = x < 7, x > 25
-        x = np.where(low, 14 - x, np.where(high, 50 - x, x))
-        v = np.where(low | high, -v, v)
-
-
-def test_digits_are_where_they_are_said_to_be():
-    """A digit of one bright spot in its middle: the centre of mass is the centre that is told."""
-    digit = torch.zeros(1, 1, 14, 14)
-    digit[0, 0, 6:8, 6:8] = 1
-    torch.manual_seed(0)
-    video, centres, labels = vd.digit_clips(digit, torch.tensor([5]), 60, 5, 32)
-    assert video.shape == (60, 5, 1, 32, 32) and (labels == 5).all()
-    assert centres.min() >= 7 and centres.max() <= 25
-    ink = (video[:, :, 0] + 1) / 2
-    for n in range(60):
-        for f in range(5):
-            if (centres[n, f, 0] - centres[n, f, 1]).abs().max() < 4:
-                continue  # over one another
-            for row, col in centres[n, f]:
-                r, c = int(row), int(col)
-                part = ink[n, f, r - 2:r + 3, c - 2:c + 3]
-                at = torch.stack(torch.meshgrid(torch.arange(r - 2, r + 3), torch.arange(c - 2, c + 3),
-                                                indexing="ij")) + 0.5
-                mass = (at * part).sum((1, 2)) / part.sum()
-                assert torch.allclose(mass, torch.stack([row, col]), atol=0.02)
-
-
-def one_sphere(light=(0.0, 0.0, 1.0)):
-    return vd.Scenes(torch.tensor([[[0.0, 0, 0.5]]]), torch.tensor([[0.5]]),
-                     torch.tensor([[[1.0, 0.2, 0.2]]]), torch.tensor([light]),
-                     torch.tensor([[0.9, 0.4]]))
-
-
-def test_rays_by_hand():
-    """A sphere of radius 1/2 on the table, the sun at the zenith. From (0, -3, 0.5): the ray towards
-    the middle meets it at y = -1/2, lit from the side not at all by Lambert: 0.35 of its colour. A ray
-    straight down at x = 1 meets the table, lit; one at x = 0.3, from below the sphere, in its shadow;
-    one upwards nothing."""
-    scene = one_sphere()
-    o = torch.tensor([[0.0, -3, 0.5]])
-    which, point, lit = vd.cast(scene, o, torch.tensor([[[0.0, 1, 0], [0, 0, 1]]]))
-    assert which.tolist() == [[0, 2]]
-    assert torch.allclose(point[0, 0], torch.tensor([0, -0.5, 0.5]), atol=1e-5)
-    colour = vd.shade(scene, which, point, lit)
-    assert torch.allclose(colour[0, 0], 0.35 * torch.tensor([1, 0.2, 0.2]), atol=1e-4)
-    assert torch.allclose(colour[0, 1], vd.SKY)
-    for x, shines, tone in ((1.0, True, 0.4), (0.3, False, 0.9)):
-        which, point, lit = vd.cast(scene, torch.tensor([[x, 0, 0.001]]), torch.tensor([[[0, 0, -1.0]]]))
-        assert which.item() == 1 and lit.item() == shines
-        expected = tone * (1.0 if shines else 0.35)
-        assert vd.shade(scene, which, point, lit)[0, 0].tolist() == pytest.approx([expected] * 3)
-
-
-def test_shadow_of_a_slanting_sun():
-    """The sun at 45 degrees from +x: the shadow's centre lies at x = -1/2, and there alone is it dark
-    along the x axis: between -1/2 - 1/sqrt(2) and -1/2 + 1/sqrt(2) where the sphere does not stand."""
-    s = 1 / math.sqrt(2)
-    scene = one_sphere((s, 0.0, s))
-    for x in np.linspace(-1.19, 1.19, 60):
-        _, _, lit = vd.cast(scene, torch.tensor([[x, 0, 0.001]]).float(), torch.tensor([[[0, 0, -1.0]]]))
-        assert lit.item() == (abs(x + 0.5) > s), x
-
-
-def test_spheres_are_seen_where_they_are_projected():
-    """The renderer and project() agree: the centre of a sphere's pixels is its centre's projection, to
-    a fraction of a pixel (an ellipse's centre is not quite it)."""
-    rng = np.random.default_rng(3)
-    scenes, (K, pose) = vd.random_scenes(20, rng), vd.random_orbits(20, 1, 64, rng)
-    d = vd.pixel_rays(K, pose, 64, 64)[:, 0].flatten(1, 2)
-    for j in range(2):
-        one = vd.Scenes(*(a[:, j:j + 1] for a in scenes[:3]), *scenes[3:])
-        mask = (vd.cast(one, pose[:, 0, :, 3], d)[0] == 0).view(20, 64, 64)
-        uv = vd.project(K[:, 0], pose[:, 0], scenes.centre[:, j])[0]
-        for n in range(20):
-            row, col = mask[n].nonzero().T
-            if len(row) and row.min() > 0 and col.min() > 0 and row.max() < 63 and col.max() < 63:
-                assert abs(float(col.float().mean()) + 0.5 - uv[n, 0]) < 0.6
-                assert abs(float(row.float().mean()) + 0.5 - uv[n, 1]) < 0.6
-
-
-# ---- The network (slide Video diffusion models) --------------------------------------------------
-
-
-def a_clip(args, B=2, seed=0):
-    torch.manual_seed(seed)
-    x = torch.randn(B, args.frames, *args.shape)
-    t = torch.randint(1, 1000, (B, 1)).expand(B, args.frames)
-    K, pose = cameras(B, args.frames, args.shape[1])
-    clips = vd.Clips(x, K, pose) if args.data == "orbit" else vd.Clips(
-        x, labels=torch.randint(10, (B, 2)))
-    return x, t, clips.rays(args.patch)
-
-
-@pytest.mark.parametrize("data", ["orbit", "moving-mnist"])
-def test_at_the_start_a_clip_is_a_pile_of_pictures(data):
-    """Trap 23: output projections are zero, so video equals the 2-D network frame by frame, exactly;
-    and its checkpoint loads unchanged."""
-    args, _ = small(data)
-    net = vd.Film(args).net.eval()
-    for p in net.image.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    x, t, rays = a_clip(args)
-    with torch.no_grad():
-        video = net(x, t, rays)
-        for f in range(args.frames):
-            alone = net.image(x[:, f], t[:, f], rays[:, f])
-            assert torch.allclose(video[:, f], alone, atol=1e-5)
-    other = vd.Film(args).net
-    other.image.load_state_dict(net.image.state_dict())
-    with torch.no_grad():
-        assert torch.equal(other(x, t, rays), video)
-
-
-@pytest.mark.parametrize("data", ["orbit", "moving-mnist"])
-def test_pictures_do_not_see_one_another_but_frames_do(data):
-    """Traps 24, 25, with time weights that are not zero: in picture mode, when a frame changes, every
-    other output is the same to the bit; in a clip none is. A batch of both keeps them apart."""
-    args, model = small(data)
-    x, t, rays = a_clip(args)
-    y = x.clone()
-    y[:, 2] += 1  # in both of the batch
-    with torch.no_grad():
-        for clips in (0, 1, 2, None):  # so many of them are clips; None: all
-            a, b = (model.net(v, t, rays, clips) for v in (x, y))
-            for n in range(2):
-                if n < (2 if clips is None else clips):
-                    assert all((a[n, f] - b[n, f]).abs().max() > 1e-4 for f in range(args.frames))
-                else:
-                    same = [torch.equal(a[n, f], b[n, f]) for f in range(args.frames)]
-                    assert same == [f != 2 for f in range(args.frames)]
-        y[1] = x[1]
-        a, b = (model.net(v, t, rays) for v in (x, y))
-        assert torch.equal(a[1], b[1])  # another clip's change is not seen
-
-
-def test_order_of_frames_matters():
-    """Trap 25: without a frame position, reversed input would give reversed output."""
-    args, model = small("moving-mnist")
-    x, t, rays = a_clip(args)
-    with torch.no_grad():
-        assert (model.net(x.flip(1), t, rays).flip(1) - model.net(x, t, rays)).abs().max() > 1e-3
-        # and with cameras, told alike for all frames
-        args, model = small("orbit")
-        x, t, rays = a_clip(args)
-        rays = rays[:, :1].expand_as(rays)
-        assert (model.net(x.flip(1), t, rays).flip(1) - model.net(x, t, rays)).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("kernel", [1, 3])
-def test_convolution_reaches_the_frames_beside(kernel):
-    """It adds nothing at the start; then a change in a frame is seen one frame on and before, as far
-    as the kernel is wide, and not further."""
-    torch.manual_seed(0)
-    layer = vd.TimeBlock(8, 5, 2, kernel, 8)
-    x, more = torch.randn(10, 8, 6, 6), torch.randn(10, 5, 6, 6)  # two clips of 5 frames
-    y = x.clone()
-    y[2, :, 3, 3] += 1
-    with torch.no_grad():
-        assert torch.equal(layer(x, 5, more), x)
-        torch.nn.init.normal_(layer.conv.weight)
-        layer.norm_conv = torch.nn.Identity()  # the norm spreads within a frame
-        moved = (layer(x, 5, more) - layer(y, 5, more)).abs().amax(1) > 1e-4  # (10, 6, 6)
-    want = torch.zeros(10, 6, 6, dtype=torch.bool)
-    r = kernel // 2
-    want[1:4, 3 - r:4 + r, 3 - r:4 + r] = True
-    assert torch.equal(moved, want)
-
-
-def test_time_learns_from_the_second_step():
-    """Trap 26: with only the output projection zero, all weights of time have a gradient at step 2."""
-    args, _ = small("orbit")
-    net = vd.Film(args).net
-    torch.nn.init.normal_(net.image.conv_out.weight)
-    x, t, rays = a_clip(args)
+def test_a_clip_starts_as_a_pile_of_pictures():
+    """Before training the layers over time change nothing; after two steps all of them learn."""
+    net, clip = network(random_time=False), inputs()
+    alone = net(**{key: a.flatten(0, 1)[:, None] for key, a in clip.items()}).view_as(clip["x"])
+    assert torch.allclose(net(**clip), alone, atol=1e-5)
+    assert torch.allclose(net(**clip, pictures=True), alone, atol=1e-5)
     opt = torch.optim.SGD(net.parameters(), 0.1)
-    for step in range(2):
+    for _ in range(2):
         opt.zero_grad()
-        (net(x, t, rays) - 1).square().mean().backward()
-        grads = {n: float(p.grad.abs().max()) for n, p in net.time.named_parameters()}
-        assert all(grads[n] > 0 for n in grads if n.endswith("out.weight"))
-        if step == 0:
-            assert all(grads[n] == 0 for n in grads if n.endswith("qkv.weight"))
+        net(**clip).square().mean().backward()
         opt.step()
-    assert all(g > 0 for g in grads.values())
+    assert all(p.grad.any() for p in net.parameters())
 
 
-def test_attention_at_the_same_place_only_or_everywhere():
-    """On maps larger than `joint` a place sees itself in other frames and no other place."""
+@torch.no_grad()
+@pytest.mark.parametrize("what", ["x", "t", "rays"])
+def test_who_sees_whom(what):
+    """Pictures are alone: what changes in one changes its answer alone. In a clip all frames see
+    it, and their order counts."""
+    net, clip, order = network(), inputs(), torch.tensor([2, 0, 3, 1])
+    other = {key: a.clone() for key, a in clip.items()}
+    other[what][0, 1] = 900 - other[what][0, 1]
+    for pictures in (True, False):
+        difference = net(**clip, pictures=pictures) - net(**other, pictures=pictures)
+        want = torch.zeros(2, 4, dtype=torch.bool)
+        want[0, 1 if pictures else slice(None)] = True
+        assert torch.equal(difference.abs().amax(dim=(2, 3, 4)) > 1e-6, want)
+    turned = net(**{key: a[:, order] for key, a in clip.items()})
+    assert (net(**clip)[:, order] - turned).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_attention_by_hand():
+    """One head, position by position: all see all positions of all frames."""
     torch.manual_seed(0)
-    for joint, spreads in ((2, False), (8, True)):
-        layer = vd.TimeBlock(8, 5, 2, 0, joint)
-        torch.nn.init.normal_(layer.out.weight)
-        x, more = torch.randn(3, 8, 4, 4), torch.randn(3, 5, 8, 8)
-        y = x.clone()
-        y[0, :, 1, 2] = -y[0, :, 1, 2]
-        layer.norm = torch.nn.Identity()  # the norm spreads within a frame
-        with torch.no_grad():
-            moved = (layer(x, 3, more) - layer(y, 3, more)).abs().amax(1) > 1e-6  # (3, 4, 4)
-        assert bool(moved[1, 1, 2]) and bool(moved[2, 1, 2])
-        moved[:, 1, 2] = False
-        assert bool(moved.any()) == spreads
+    block, (B, N, C, h, w) = vd.TimeAttention(8, 1), (2, 3, 8, 2, 3)
+    torch.nn.init.normal_(block.out.weight)
+    x, rays = torch.randn(B * N, C, h, w), torch.randn(B * N, vd.RAYS, h, w)
+    found = block(x, rays, N).view(B, N, C, h, w)
+    norm, ray = block.norm(x).view(B, N, C, h, w), block.ray(rays).view(B, N, C, h, w)
+    for b in range(B):
+        qkv = {}
+        for f, i, j in np.ndindex(N, h, w):
+            code = vd.time_embedding(torch.tensor([f, i, j]), 32).flatten()
+            q, k, v = block.qkv(norm[b, f, :, i, j] + block.place(code)).split(C)
+            qkv[f, i, j] = q + ray[b, f, :, i, j], k + ray[b, f, :, i, j], v
+        for (f, i, j), (q, _, _) in qkv.items():
+            weight = torch.stack([q @ k / C**0.5 for _, k, _ in qkv.values()]).softmax(0)
+            out = block.out(sum(a * v for a, (_, _, v) in zip(weight, qkv.values())))
+            want = x.view_as(found)[b, f, :, i, j] + out
+            assert torch.allclose(found[b, f, :, i, j], want, atol=1e-4)
 
 
-def test_who_is_told_alike_is_looked_at_first():
-    """Before any training, of a thing on the table seen by four cameras: the place of a view where it
-    is seen looks at those places of the other views more than anywhere else there."""
-    args = vd.parse_args(["--data", "orbit", "--device", "cpu", "--size", "small"])
-    args.shape = [3, 32, 32]
+# ---- Optimiser, loss and sampler ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (8, 4, 3, 3)])
+def test_muon(shape):
+    """A step goes along the singular vectors of the momentum (U, V of its decomposition U S V^T),
+    with all singular values near 1, times lr, and more for tall matrices; no gradient, no step."""
     torch.manual_seed(0)
-    layer = vd.Film(args).net.time[0]
-    layer.seen = []
-    K, pose = cameras(6, 4)
-    rays = vd.Clips(torch.empty(6, 4, 3, 32, 32), K, pose).rays(args.patch)
-    with torch.no_grad():
-        layer(torch.randn(24, args.width, 8, 8), 4, rays.flatten(0, 1))
-    weight = layer.seen[0].view(6, 4, 64, 4, 64)
-    uv = vd.project(K, pose, torch.tensor([0.3, 0.2, 0.1]))[0] / 4 - 0.5  # in cells
-    near = 0
-    for n in range(6):
-        cell = uv[n].round().long().clamp(0, 7)
-        for f in range(1, 4):
-            best = weight[n, 0, cell[0, 1] * 8 + cell[0, 0], f].argmax()
-            near += (torch.stack([best % 8, best // 8]) - uv[n, f]).abs().max() < 1.6
-    assert near >= 15  # of 18; by chance about 3
+    p, q = torch.nn.Parameter(torch.zeros(shape)), torch.nn.Parameter(torch.ones(shape))
+    opt, m = vd.Muon([p, q], 0.1), torch.zeros(shape)
+    for _ in range(2):
+        before, p.grad = p.detach().clone(), torch.randn(shape)
+        m = 0.95 * m + 0.05 * p.grad
+        opt.step()
+        U, _, V = torch.linalg.svd((0.05 * p.grad + 0.95 * m).flatten(1), full_matrices=False)
+        values = U.mT @ (before - p.detach()).flatten(1) @ V.mT / 0.1
+        values = values / max(1, U.shape[0] / V.shape[1]) ** 0.5
+        assert ((values.diag() > 0.5) & (values.diag() < 1.3)).all()
+        assert (values - values.diag().diag()).abs().max() < 1e-3
+    assert (q == 1).all()
 
 
-# ---- Loss and sampler ----------------------------------------------------------------------------
+def test_optimizers_share_the_parameters():
+    """Each has one; the first and the last layer, and all vectors, have Adam."""
+    model, args = network(), vd.parse_args(["--lr", "0.5", "--muon-lr", "0.25"])
+    muon, adam = vd.optimizers(model, args)
+    assert (muon.defaults["lr"], adam.defaults["lr"]) == (0.25, 0.5)
+    found = [p for opt in (muon, adam) for p in opt.param_groups[0]["params"]]
+    assert sorted(map(id, found)) == sorted(map(id, model.parameters()))
+    ours = {*map(id, adam.param_groups[0]["params"])}
+    for name, p in model.named_parameters():
+        assert (id(p) in ours) == (p.ndim == 1 or name in ("conv_in.weight", "conv_out.weight"))
 
 
-def test_known_frames_are_clean_told_and_without_loss():
-    """Trap 27: their t is 0 and x_0 arrives as it is; what the network says of them does not count."""
-    args, _ = small("moving-mnist")
-    x, _, _ = a_clip(args)
-    known = torch.tensor([[True, False, False, True], [False] * 4])
-    t = torch.where(known, 0, torch.tensor([[600], [300]]))
-    abar, eps, seen = vd.schedule_of(args), torch.randn_like(x), {}
-
-    def net(xt, tt, rays, clips):
-        seen.update(x=xt, t=tt)
-        out = torch.zeros_like(xt)
-        out[known] = 1e6
-        return out
-
-    loss = vd.video_loss(net, x, None, t, eps, known, None, abar, "x0")
-    assert torch.equal(seen["x"][known], x[known]) and (seen["t"][known] == 0).all()
-    assert float(loss) == pytest.approx(float(x[~known].square().mean()), rel=1e-5)
-    assert (seen["x"][~known] - x[~known]).abs().min(-1).values.max() > 0
-
-
-def test_draw_known_covers_its_cases():
+def test_given_frames():
+    """The first 0 to 4 of 8, and the last in a tenth of the clips."""
     torch.manual_seed(0)
-    known = vd.draw_known(4000, 8, "cpu")
-    kinds = {tuple(row) for row in known.tolist()}
-    first = lambda k: tuple(f < k for f in range(8))
-    assert kinds == {first(k) for k in range(5)} | {(True, *[False] * 6, True)}
-    assert not known.all(1).any()
+    given = vd.draw_given(8000, 8, "cpu")
+    count = given[:, :-1].sum(1)
+    assert (given[:, :-1].int().diff(dim=1) <= 0).all()
+    assert torch.allclose(count.bincount() / 8000, torch.full((5,), 0.2), atol=0.02)
+    assert given[:, -1].float().mean().item() == pytest.approx(0.1, abs=0.01)
 
 
-@pytest.mark.parametrize("data", ["orbit", "moving-mnist"])
-def test_given_frames_come_back_to_the_bit(data):
-    args, model = small(data)
-    clips = vd.fixed_clips(args, 3)
-    known = vd.nothing_known(clips)
-    known[0, :2] = known[1, 0] = known[1, -1] = True
-    x = vd.new_clips(args, model, clips, known)
-    assert torch.equal(x[known], clips.video[known])
-    assert not torch.equal(x[~known], clips.video[~known]) and x.abs().max() <= 1
-    assert torch.equal(x, vd.new_clips(args, model, clips, known))  # the same seed, the same clips
+def test_loss_by_hand():
+    """Given frames are shown as they are, with t = 0, and do not count; clips count alike."""
+    x0, eps, abar = torch.rand(2, 3, 1, 2, 2), torch.randn(2, 3, 1, 2, 2), vd.cosine_abar().float()
+    t, a = torch.tensor([[0, 0, 500], [300, 300, 300]]), abar[500]
+
+    def model(x, time, rays, pictures):
+        assert torch.equal(x[0, :2], x0[0, :2]) and torch.equal(time, t) and rays == "rays"
+        assert torch.allclose(x[0, 2], a**0.5 * x0[0, 2] + (1 - a) ** 0.5 * eps[0, 2])
+        return x0 + torch.tensor([[9.0, 9, 1], [2, 3, 4]])[:, :, None, None, None]
+
+    loss = vd.video_loss(model, x0, "rays", t, eps, abar, False)
+    assert loss.item() == pytest.approx((1 + (4 + 9 + 16) / 3) / 2, rel=1e-5)
 
 
-def test_the_sampler_meets_a_network_that_knows():
-    """A network that always answers with the same clip is sampled to that clip, for all targets."""
-    args, _ = small("moving-mnist")
-    truth = torch.rand(2, 4, 1, 16, 16) * 2 - 1
-    abar = vd.schedule_of(args)
-    known = torch.zeros(2, 4, dtype=torch.bool)
-    for predict in ("eps", "x0", "v"):
-        def net(x, t, rays, clips):
-            flat = [a.flatten(0, 1) for a in (truth, x, t)]
-            signal, noise = vd.signal_and_noise(abar, flat[2], flat[1])
-            eps = (flat[1] - signal * flat[0]) / noise
-            return vd.target_of(flat[0], eps, flat[2], abar, predict).view_as(x)
-        x = vd.sample_clips(net, torch.randn(2, 4, 1, 16, 16), truth, known, None, abar, predict, 10)
-        assert torch.allclose(x, truth, atol=2e-3)
+def options(steps, guidance=1.0):
+    return SimpleNamespace(sample_steps=steps, guidance=guidance, frames=4)
 
 
-def test_what_is_told_and_what_is_not():
-    """The digits of a clip, how often each, in ten channels; nothing there for clips that are not told,
-    and the same elsewhere. Clips of a file have none. Without cameras there are no rays."""
-    clips = vd.Clips(torch.zeros(3, 4, 1, 16, 16), labels=torch.tensor([[3, 8], [5, 5], [0, 1]]))
-    told = torch.tensor([True, True, False]).view(3, 1, 1, 1, 1)
-    rays = clips.rays(2, told)
-    assert rays.shape == (3, 4, 31, 8, 8)
-    count = rays[:, :, 21:]
-    assert (count == count[:, :1, :, :1, :1]).all() and (count[2] == 0).all()
-    assert count[0, 0, :, 0, 0].nonzero().flatten().tolist() == [3, 8] and count[1, 0, 5, 0, 0] == 2
-    assert torch.equal(rays[:, :, :21], vd.Clips(clips.video).rays(2))
-    K, pose = cameras(3, 4, 16)
-    rays = vd.Clips(torch.zeros(3, 4, 3, 16, 16), K, pose).rays(2, told)
-    assert (rays[2] == 0).all() and (rays[:2] != 0).any((1, 2, 3, 4)).all()
+@pytest.mark.parametrize("known", [False, True])
+def test_sampler_on_gaussians(known):
+    """Two frames, normal with correlation 0.8 and standard deviation 0.1: the network is the exact
+    E[x_0 | x_t]. DDIM's steps then multiply, in closed form, and many of them end in the law of
+    frame 2, or of frame 2 given frame 1. The result depends on the noise at the start alone."""
+    rho, sd, abar = 0.8, 0.1, vd.cosine_abar().tolist()
+    x = torch.randn(4000, 2, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    clean, given = torch.full_like(x, 0.15), torch.tensor([[known, False]]).expand(4000, 2)
+    mean, var = (rho * 0.15, (1 - rho**2) * sd**2) if known else (0.0, sd**2)
+
+    def estimate(x, a):
+        return mean + a**0.5 * var / (a * var + 1 - a) * (x - a**0.5 * mean)
+
+    def model(x, t, rays):
+        assert not known or (x[:, 0] == 0.15).all() and (t[:, 0] == 0).all()
+        return estimate(x, abar[t[0, 1]])
+
+    for steps in (7, 250):
+        torch.manual_seed(steps)
+        found = vd.sample(model, x, clean, given, torch.zeros(1), options(steps))
+        want, levels = x[:, 1], [abar[round(1000 * i / steps)] for i in range(steps, -1, -1)]
+        for a, b in zip(levels, levels[1:]):
+            x0 = estimate(want, a)
+            want = b**0.5 * x0 + ((1 - b) / (1 - a)) ** 0.5 * (want - a**0.5 * x0)
+        assert torch.allclose(found[:, 1], want, atol=1e-5)
+        assert not known or (found[:, 0] == 0.15).all()
+    assert found[:, 1].mean().item() == pytest.approx(mean, abs=0.006)
+    assert found[:, 1].std().item() == pytest.approx(var**0.5, rel=0.06)
 
 
-def test_guidance_is_a_straight_line():
-    """At W = 0 the network is not told, at 1 it is; the same at any W if there is nothing to tell."""
-    args, model = small("moving-mnist")
-    args.sample_steps = 1  # the answer at t = T, which is a straight line in W
-    clips = vd.fixed_clips(args, 2)
-    drawn = {}
-    for args.guidance in (0.0, 1.0, 2.0):
-        drawn[args.guidance] = vd.new_clips(args, model, clips, vd.nothing_known(clips))
-        unlabelled = vd.new_clips(args, model, clips, vd.nothing_known(clips), told=False)
-        assert torch.allclose(unlabelled, drawn[0.0], atol=1e-5)
-    assert not torch.allclose(drawn[0.0], drawn[1.0], atol=1e-3)
-    inside = (drawn[2.0].abs() < 0.99) & (drawn[0.0].abs() < 0.99) & (drawn[1.0].abs() < 0.99)
-    line = 2 * drawn[1.0] - drawn[0.0]
-    assert inside.float().mean() > 0.1 and torch.allclose(drawn[2.0][inside], line[inside], atol=1e-4)
+@pytest.mark.parametrize("w", [0.0, 1.0, 2.5])
+def test_guidance(w):
+    """x_0 is none + w (told - none), and none is told rays of zero."""
+    model = lambda x, t, rays: torch.where(rays.any(), 0.3, 0.1) * torch.ones_like(x)
+    x, given = torch.randn(2, 4, 1, 2, 2), torch.zeros(2, 4, dtype=torch.bool)
+    found = vd.sample(model, x, x, given, torch.ones(1), options(3, w))
+    assert torch.allclose(found, torch.full_like(x, 0.1 + w * 0.2), atol=1e-6)
 
 
-@pytest.mark.parametrize("length, most, given, anchor", [
-    (8, 8, 0, False), (24, 8, 4, False), (24, 8, 1, True), (5, 8, 2, False), (9, 8, 0, False), (31, 8, 0, True), (9, 2, 1, True),
-    (9, 3, 1, True)])
-def test_windows_make_every_frame_once(length, most, given, anchor):
-    """Trap 27: each frame is made once, by windows that fit, from frames that are there; later ones
-    reuse the last frames, with an anchor the first as well."""
-    there = set(range(given))
-    for i, (known, new) in enumerate(vd.windows(length, most, given, anchor)):
-        assert set(known) <= there and not set(new) & there and new
-        assert len(known) + len(new) <= most
-        if i:
-            assert most < 3 or known[-1] == max(there)
-            assert most < 4 or len(known) == max(given if not anchor else 0, most // 2)
-            assert not anchor or known[0] == 0
-        there |= set(new)
-    assert there == set(range(length))
+def test_long_clips():
+    """Every frame is drawn once, told its own rays; the first frame and the latest are given."""
+    rays, windows = torch.arange(11.0).view(1, 11, 1, 1, 1) / 20, []
+    clip = torch.zeros_like(rays)
 
+    def model(x, t, rays):
+        windows.append((20 * rays).round().flatten().tolist())
+        given = (t == 0)[0]
+        assert torch.equal(x[0, given], rays[0, given])
+        return rays
 
-def test_windows_begin_from_noise_of_their_own(monkeypatch):
-    """Windows alike in all but their noise differ."""
-    args, model = small("moving-mnist")
-    seen = []
-    monkeypatch.setattr(vd, "sample_clips", lambda net, x, clean, *_: seen.append(x) or clean)
-    vd.long_clips(args, model, vd.fixed_clips(args, 1, 3 * args.frames), 0)
-    assert len(seen) > 2 and not any(torch.equal(a[:, -1], b[:, -1]) for a, b in zip(seen, seen[1:]))
-
-
-def test_long_clips_keep_what_is_given():
-    args, model = small("moving-mnist")
-    clips = vd.fixed_clips(args, 2, 11)
-    x = vd.long_clips(args, model, clips, 2)
-    assert x.shape[1] == 11 and torch.equal(x[:, :2], clips.video[:, :2])
-    assert all((x[:, f] != clips.video[:, f]).any() for f in range(2, 11))
-
-
-# ---- The measures --------------------------------------------------------------------------------
-
-
-def test_law_error():
-    """0 for what obeys the law (within the grid of tries), as much as was added for what does not; NaN
-    frames do not count."""
-    rng = np.random.default_rng(0)
-    start, velocity = rng.uniform(7, 25, (20, 2)), rng.uniform(-3, 3, (20, 2))
-    tracks = vd.bounce(torch.from_numpy(start), torch.from_numpy(velocity), 8, 7, 25).numpy()
-    tracks = tracks.transpose(0, 2, 1).copy()
-    tracks[0, 3] = np.nan
-    assert vd.law_error(tracks, 7, 25).max() < 0.25
-    jumping = rng.uniform(7, 25, (40, 8, 2))
-    assert vd.law_error(jumping, 7, 25).mean() > 3
-    shaken = tracks + rng.normal(0, 1, tracks.shape)
-    assert 0.4 < vd.law_error(shaken, 7, 25).mean() < 1.3
-
-
-def test_found_digits_reads_a_perfect_answer():
-    """Cells that are told exactly give back centres, labels and certainty."""
-    centres = torch.tensor([[[9.3, 20.1], [22.9, 11.2]]])
-    labels = torch.tensor([[3, 8]])
-
-    def tracker(x):
-        logits, off = torch.zeros(1, 11, 16, 16), torch.zeros(1, 2, 16, 16)
-        logits[:, 10] = 30
-        for (row, col), label in zip(centres[0], labels[0]):
-            r, c = int(row / 2), int(col / 2)
-            logits[0, 10, r, c], logits[0, label, r, c] = 0, 30
-            off[0, :, r, c] = torch.tensor([row / 2 - r - 0.5, col / 2 - c - 0.5])
-        return logits, off
-
-    at, found, sure = vd.found_digits(tracker, torch.zeros(1, 1, 32, 32))
-    order = found[0].argsort()
-    assert found[0][order].tolist() == [3, 8] and np.allclose(at[0][order], centres[0], atol=1e-4)
-    assert sure.min() > 0.99
-
-
-def test_geometry_is_kept_by_real_renders_and_not_by_moved_ones():
-    """On real renders all errors are small; when each picture is moved by 3 pixels spheres and lines
-    are off by that, though lines are as straight as before; when lines are bent, that is seen."""
-    rng = np.random.default_rng(5)
-    scenes, (K, pose) = vd.random_scenes(12, rng), vd.random_orbits(12, 3, 32, rng)
-    x = vd.to_float(vd.render_clips(scenes, K, pose, 32))
-    off, found, line, bent, turned, shadow = vd.geometry_of(x, scenes, K, pose)
-    assert off < 0.4 and found > 0.95 and line < 0.25 and bent < 0.25 and turned < 6 and shadow < 20
-    moved = vd.geometry_of(x.roll(3, -1), scenes, K, pose)
-    assert 2.3 < moved[0] < 3.7 and moved[2] > 2 * line
-    up = torch.stack([x[..., c].roll(int(2 * math.sin(c / 4)), -1) for c in range(32)], -1)
-    assert vd.geometry_of(up, scenes, K, pose)[3] > 1.3 * bent
-    turned_sun = scenes._replace(light=scenes.light * torch.tensor([-1, -1, 1.0]))
-    y = vd.to_float(vd.render_clips(turned_sun, K, pose, 32))
-    assert vd.geometry_of(y, scenes, K, pose)[5] > shadow + 30
+    assert torch.allclose(vd.long_clip(model, clip, rays, options(1)), rays) and not clip.any()
+    assert windows == [[0, 1, 2, 3], [0, 3, 4, 5], [0, 5, 6, 7], [0, 7, 8, 9], [0, 9, 10]]
 
 
 # ---- The program ---------------------------------------------------------------------------------
 
-TINY = ("--device cpu --height 16 --frames 4 --patch 2 --width 8 --mults 1 2 --image-steps 3 --steps 4 "
-        "--batch-size 4 --side-steps 2 --side-batch 4 --side-width 4 --scenes 6 --sample-steps 2 --num 2 "
-        "--every 2 --loose 0.25").split()
 
-
-@pytest.fixture(autouse=True, scope="module")
-def short_reports():
-    """Of 4 clips: what is measured is tested above."""
-    long = vd.report_motion, vd.report_geometry
-    vd.report_motion, vd.report_geometry = (functools.partial(f, num=4) for f in long)
-    yield
-    vd.report_motion, vd.report_geometry = long
-
-
-@pytest.mark.parametrize("data", ["moving-mnist", "orbit"])
-def test_a_run_writes_what_is_promised(data, tmp_path):
-    """From another folder; then every verb; then an export, which samples the same."""
-    vd.main(["--train", "--data", data, *TINY, "--out", str(tmp_path / "o")])
-    out = tmp_path / "o"
-    made = {p.name for p in out.iterdir()}
-    assert {"model.pt", "samples.npz", "samples.png", "samples_film.png", "prediction.png", "loss.csv",
-            "loss.png", "attention.png", "image_000002.png", "video_000002.png"} <= made
-    assert np.load(out / "samples.npz")["arr_0"].shape == (2, 4, 16, 16, 3 if data == "orbit" else 1)
-    more = [["--given", "2"], ["--between"], ["--sample", "--length", "9"]]
-    if data == "orbit":
-        assert {"orbit.png", "orbit_film.png", "epipolar.png", "view.png", "cameras.npz"} <= made
-        more += [["--orbit", str(out / "view.png"), "--path", str(out / "cameras.npz")]]
-    for flags in more:
-        vd.main([*flags, "--out", str(out), "--device", "cpu"])
-    assert np.load(out / "samples.npz")["arr_0"].shape[1] == 9 and (out / "between.png").exists()
-
-
-def test_resume_is_bit_equal_over_all_stages(tmp_path):
-    """Stopped in the second part and gone on: the same weights as in one go."""
-    flags = ["--train", "--data", "moving-mnist", *TINY, "--data-dir", str(vd.HERE / "data")]
-    vd.main([*flags, "--out", str(tmp_path / "a")])
-    real = vd.save_checkpoint
-
-    def stop(path, state):
-        real(path, state)
-        if state["part"] == "video" and state["step"] == 2:
-            raise KeyboardInterrupt
-
-    vd.save_checkpoint = stop
-    try:
-        with pytest.raises(SystemExit):
-            vd.main([*flags, "--out", str(tmp_path / "b")])
-    finally:
-        vd.save_checkpoint = real
-    vd.main(["--train", "--resume", "--out", str(tmp_path / "b"), "--device", "cpu", "--data-dir",
-             str(vd.HERE / "data")])
-    a, b = (torch.load(tmp_path / k / "model.pt", weights_only=True)["model"] for k in "ab")
-    assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_own_clips(tmp_path):
-    """A file of clips trains; too few frames, or no clips, are refused in a line."""
-    clips = np.random.default_rng(0).integers(0, 255, (12, 6, 16, 16, 3), dtype=np.uint8)
-    np.savez(tmp_path / "c.npz", clips=clips)
-    vd.main(["--train", "--data", str(tmp_path / "c.npz"), *TINY, "--out", str(tmp_path / "o")])
-    assert np.load(tmp_path / "o" / "samples.npz")["arr_0"].shape == (2, 4, 16, 16, 3)
-    np.savez(tmp_path / "d.npz", clips=clips[:, :3])
-    with pytest.raises(SystemExit) as e:
-        vd.main(["--train", "--data", str(tmp_path / "d.npz"), *TINY, "--out", str(tmp_path / "p")])
-    assert e.value.code == 2
-
-
-@pytest.fixture(scope="module")
-def orbit_model(tmp_path_factory):
-    out = tmp_path_factory.mktemp("orbit")
-    vd.main(["--train", "--data", "orbit", *TINY, "--out", str(out)])
-    return out
-
-
-@pytest.mark.parametrize("fault, words", [
-    ("given", "at most 2"), ("singular", "K is singular"), ("rotation", "no rotation"),
-    ("shape", "expected (F, 3, 4)"), ("size", "trained on"), ("missing", "cannot be read"),
-    ("path", "only for --orbit"), ("mirror", "no rotation"), ("digits", "only for moving-mnist"),
-    ("guidance", "finite"), ("origin", "at the origin"), ("short", "expected more than the 2 frames"),
-    ("length", "not for --between or --path")])
-def test_bad_input_is_one_line(orbit_model, tmp_path, capsys, fault, words):
-    """More given frames than trained, a singular K, a pose that is no rotation, a picture of another
-    size: one line, exit code 2."""
-    K, pose = (a[0].numpy() for a in cameras(1, 4, 16))
-    if fault == "singular":
-        K = K * [[0], [1], [1]]
-    if fault == "rotation":
-        pose = pose * 1.1
-    if fault == "mirror":
-        pose = pose * np.array([-1, 1, 1, 1])
-    if fault == "origin":
-        pose = pose - pose[:1] * [0, 0, 0, 1]
-    if fault == "shape":
-        pose = pose[0]
-    np.savez(tmp_path / "c.npz", K=K, pose=pose)
-    vd.save_png(tmp_path / "v.png", np.zeros((1, 20, 16, 3), np.uint8))
-    flags = {"given": ["--given", "3"], "size": ["--orbit", str(tmp_path / "v.png")],
-             "missing": ["--orbit", "--path", str(tmp_path / "no.npz")],
-             "path": ["--path", str(tmp_path / "c.npz")], "digits": ["--sample", "--digits", "3", "8"],
-             "short": ["--given", "2", "--length", "2"], "length": ["--between", "--length", "9"],
-             "guidance": ["--sample", "--guidance", "nan"]}.get(
-                 fault, ["--orbit", "--path", str(tmp_path / "c.npz")])
-    with pytest.raises(SystemExit) as e:
-        vd.main([*flags, "--out", str(orbit_model), "--device", "cpu"])
-    assert e.value.code == 2
-    err = capsys.readouterr().err
-    assert words in err and err.count("\n") == 1 and "Traceback" not in err
-
-
-def test_help_and_unknown_data(tmp_path):
-    assert "--orbit" in call(vd, "--help", cwd=tmp_path)
-    assert call(vd, "--train", "--data", "nothing", cwd=tmp_path, code=2).count("\n") == 1
+@both_worlds
+def test_program(data, tmp_path):
+    """What is written; given frames are real ones in the pictures, the others are drawn."""
+    out = tmp_path / "out" / ("video_diffusion" if data == "roll" else "video_diffusion_orbit")
+    call(vd, "--train", "--data", data, *SMALL, cwd=tmp_path)
+    for name in ["samples", "futures"] if data == "roll" else ["samples", "views", "circle"]:
+        assert (out / f"{name}.png").exists() and (out / f"{name}_film.png").exists()
+    assert np.load(out / "samples.npz")["arr_0"].shape == (3, 4, 16, 16, 3)
+    args = vd.parse_args([], vd.load_checkpoint(out / "model.pt")["config"])
+    assert args.data == data and args.shape == [4, 3, 16, 16]
+    rows = vd.generate(args, vd.build(args), 2, [4, 1, 0, 2]).view(2, 4, 4, 3, 16, 16)
+    same = (rows == vd.load_clips(args, "test", 2)[0][:, None]).all(dim=(3, 4, 5))
+    assert torch.equal(same, (torch.arange(4) < torch.tensor([[4], [1], [0], [2]])).expand(2, 4, 4))

@@ -43,8 +43,8 @@ def distance_to_line(at, line):
 
 
 def record_attention(model, x, t, rays):
-    """Attention between all patches of all frames, the mean over the TimeBlocks on maps of h x w
-    patches and over their heads: (B, F, h, w, F, h, w)."""
+    """Attention between all patches of all frames, the mean over the layers on maps of h x w patches
+    and over their heads: (B, F, h, w, F, h, w)."""
     found, attend = [], vd.attend
     size = x.shape[1], *rays.shape[3:]
 
