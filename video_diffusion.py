@@ -15,16 +15,16 @@ Equations  add noise   x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; a given fr
            camera      a point X of the world is seen at the pixel (u, v, 1) ~ K R^T (X - c); the
                        ray of a pixel is c + s d, d = R K^-1 (u, v, 1), for s > 0
            Pluecker    (d, c x d): the same for every point c of the ray
-           collision   equal masses exchange their velocities along the line of centres n:
-                       v_1 - n (v_1 - v_2).n and v_2 + n (v_1 - v_2).n
+           collision   equal masses exchange their velocities along the line of centres
 Notation   x (B, F, C, H, W) clips of F frames in [-1, 1]; t (B, F) time of each frame, 0..T;
            given (B, F) bool; K (B, F, 3, 3) intrinsics; pose (B, F, 3, 4) camera to world, [R | c]:
            its columns are right, down, forward and the centre; rays (B, F, 34, h, w) what the
            network is told of the camera, for each of h x w patches
 Papers     Ho et al. 2022 (Video diffusion models); Watson et al. 2023 (3DiM: new views, clean given
            frames); Guo et al. 2024 (AnimateDiff: zero-initialised layers over time); Song et al.
-           2021 (DDIM); Ho & Salimans 2022 (guidance); Levoy & Hanrahan 1996 (rays as coordinates);
-           Sarkar et al. 2024 (Shadows don't lie and lines can't bend!)
+           2021 (DDIM); Ho & Salimans 2022 (guidance); Levoy & Hanrahan 1996 (a ray by its crossings
+           of two planes); Sarkar et al. 2024 (Shadows don't lie and lines can't bend!); Jordan et
+           al. 2024 (Muon)
 """
 import argparse
 import copy
@@ -53,20 +53,21 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "height": (32, 64, "of the square frames"),
     "patch": (4, 4, "fold patch x patch pixels into channels"),
     "width": (64, 128, "channels of the first level"),
-    "mults": ([1], [1, 2], "channels of each level, in units of width"),
+    "mults": ([1], [1, 2], "channels of each level, in units of width; [1]: one level"),
     "blocks": (2, 2, "residual blocks per level"),
     "heads": (2, 4, "of the attention between frames"),
     "picture_steps": (300, 5000, "first steps, on single pictures"),
     "steps": (3600, 70_000, "training steps"),
     "batch_size": (8, 64, "clips per step, over all GPUs"),
-    "lr": (3e-3, 5e-4, "peak learning rate of Adam"),
-    "muon_lr": (0.02, 0.02, "and of Muon, for matrices"),
-    "noise_power": (0.2, 0.2, "p: t = T u^p, u uniform in 0..1; less than 1 is more noise"),
+    "lr": (3e-3, 5e-4, "peak learning rate of Adam, for vectors"),
+    "muon_lr": (0.02, 0.02, "peak learning rate of Muon, for matrices"),
+    "noise_power": (0.2, 0.2, "p: t = T u^p, u uniform in 0..1; below 1: more noise"),
     "every": (500, 2000, "steps between checkpoints"),
     "sample_steps": (20, 20, "number of sampling steps, at most T"),
     "guidance": (1.0, 1.0, "w: how far to follow the camera; 1 is off"),
 }
 T = 1000  # noise levels
+RAYS = 34  # channels of camera_rays
 
 # ---- 1. Cameras (slide Generative models + geometry) ---------------------------------------------
 # Axes as in OpenCV: x right, y down, z forward; the centre of the pixel in row i and column j is at
@@ -106,27 +107,21 @@ def pixel_rays(K, pose, H, W, scale=1.0):
     return F.normalize(torch.einsum("...ij,hwj->...hwi", to_world, pixels), dim=-1)
 
 
-def fourier(x):
-    """(..., k, h, w) -> (..., 7 k, h, w): x, and sines and cosines of pi x, 2 pi x and 4 pi x."""
-    angle = torch.cat([math.pi * 2**i * x for i in range(3)], dim=-3)
-    return torch.cat([x, angle.sin(), angle.cos()], dim=-3)
-
-
 def camera_rays(K, pose, H, W, patch):
     """What the network is told of the ray through the middle of each patch of H x W pixels,
-    (B, F, 34, h, w): Pluecker coordinates, and where the ray crosses two horizontal planes. A point
-    near a plane has similar numbers in all views. The unit is the first camera's distance."""
+    (B, F, 34, h, w): its Pluecker coordinates, and the (x, y) where it crosses two horizontal
+    planes. Rays through one point of such a plane have the same (x, y) there, in all views: easy to
+    match. Lengths are in units of the first camera's distance."""
     centre = pose[..., 3] / pose[:, :1, :, 3].norm(dim=-1, keepdim=True)  # (B, F, 3)
     d = pixel_rays(K, pose, H // patch, W // patch, 1 / patch)  # (B, F, h, w, 3)
     c = centre[:, :, None, None].expand_as(d)
-    plucker = torch.cat([d, torch.linalg.cross(c, d)], dim=-1)
-    slope = d[..., 2:].clamp(max=-0.1)  # rays that do not point down cross far away
+    plucker = torch.cat([d, torch.linalg.cross(c, d)], dim=-1).movedim(-1, 2)
+    slope = d[..., 2:].clamp(max=-0.1)  # a ray that does not point down gets a far point
     planes = [c[..., :2] + (z - c[..., 2:]) / slope * d[..., :2] for z in (0.0, 0.15)]
     planes = torch.cat(planes, dim=-1).clamp(-2, 2).movedim(-1, 2)  # (B, F, 4, h, w)
-    return torch.cat([plucker.movedim(-1, 2), fourier(planes)], dim=2)
+    angle = torch.cat([math.pi * 2**i * planes for i in range(3)], dim=2)
+    return torch.cat([plucker, planes, angle.sin(), angle.cos()], dim=2)
 
-
-RAYS = 34  # channels of camera_rays
 
 # ---- 2. Two spheres on a chequered table under a sun ---------------------------------------------
 
@@ -161,7 +156,7 @@ def trace_rays(scenes, K, pose, H, W, fine=2):
     """Clips (n, F, 3, H, W) in 0..1 of n scenes; a pixel is the mean of fine x fine rays."""
     d = pixel_rays(K, pose, H * fine, W * fine, fine).flatten(2, 3)  # (n, F, P, 3)
     o = pose[:, :, None, :, 3].expand_as(d)
-    # what each ray hits first: sphere 0, sphere 1 or 2, the table
+    # which the ray hits first: 0 or 1, a sphere; 2, the table
     s = torch.where(d[..., 2] < 0, -o[..., 2] / d[..., 2], math.inf)
     at = o[..., :2] + s.nan_to_num(posinf=0)[..., None] * d[..., :2]
     cos, sin = scenes.turn.cos()[:, None, None], scenes.turn.sin()[:, None, None]
@@ -193,7 +188,7 @@ def trace_rays(scenes, K, pose, H, W, fine=2):
 
 def roll(p, v, radius, frames, fine=8):
     """Paths (n, F, 2, 2) of the places where two spheres touch the table, which start at p
-    (n, 2, 2) with velocities v (n, 2, 2) per frame; fine steps per frame."""
+    (n, 2, 2) with velocities v (n, 2, 2) per frame; fine steps per frame. No spin, no friction."""
     edge = (TABLE - radius)[..., None]
     touch = 2 * radius.prod(dim=-1).sqrt()  # |p_1 - p_2| at contact: (a + b)^2 - (a - b)^2 = 4 a b
     path = []
@@ -204,26 +199,24 @@ def roll(p, v, radius, frames, fine=8):
         v = torch.where((p.abs() > edge) & (p * v > 0), -v, v)  # bounce off the table's edge
         gap, relative = p[:, 0] - p[:, 1], v[:, 0] - v[:, 1]  # (n, 2)
         meet = (gap.norm(dim=-1) < touch) & ((gap * relative).sum(-1) < 0)
-        n = F.normalize(gap, dim=-1)  # line of centres
+        n = F.normalize(gap, dim=-1)  # line of centres, from above
         push = (relative * n).sum(-1, keepdim=True) * n * meet[:, None]
         v = torch.stack([v[:, 0] - push, v[:, 1] + push], dim=1)
     return torch.stack(path, dim=1)
 
 
 def fixed_camera(n, frames, size):
-    """The camera of the rolling spheres, K (n, F, 3, 3) and pose (n, F, 3, 4): so high above them
-    that their centres are always in sight."""
-    azimuth, *others = (torch.tensor([a]) for a in (15.0, 55.0, 3.5, 42.0))
-    K, pose = orbit(azimuth[None], *others, size)
-    return K.expand(n, frames, -1, -1), pose.expand(n, frames, -1, -1)
+    """The camera of the rolling spheres, K (n, F, 3, 3) and pose (n, F, 3, 4): high above them."""
+    return orbit(torch.full((n, frames), 15.0), *(torch.full((n,), a) for a in (55.0, 3.5, 42.0)),
+                 size)
 
 
 def random_world(data, n, frames, size, rng):
     """n scenes of two spheres that do not touch at first, and their cameras K and pose.
 
     roll: spheres move by 0.08 to 0.24 per frame; camera and sun are fixed.
-    orbit: the camera turns by 12 to 24 degrees per frame. Of the world's axes we are free to choose
-    x towards the first camera; the table lies at any angle to it.
+    orbit: the camera turns by 15 to 45 degrees per frame; circle: once around. The x axis points to
+    the first camera, which fixes the axes; so the table is turned at random.
     """
     def u(low, high, *more):
         return torch.from_numpy(rng.uniform(low, high, (n, *more))).float()
@@ -246,7 +239,8 @@ def random_world(data, n, frames, size, rng):
         path = p[:, None].expand(-1, frames, -1, -1)
         height, around = u(40, 65), u(0, 360)
         tone, turn = torch.stack([u(0.7, 0.95), u(0.3, 0.5)], dim=1), u(0, math.pi / 2)
-        step = u(12, 24) * torch.from_numpy(rng.choice([-1, 1], n)).float()
+        step = u(15, 45) * torch.from_numpy(rng.choice([-1, 1], n)).float()
+        step = torch.full((n,), 360 / frames) if data == "circle" else step
         azimuth = step[:, None] * torch.arange(frames)
         K, pose = orbit(azimuth, u(25, 50), u(2.7, 3.3), u(38, 46), size)
     centre = torch.cat([path, radius[:, None, :, None].expand(-1, frames, -1, -1)], dim=-1)
@@ -268,8 +262,8 @@ def render_clips(scenes, K, pose, H, W, device="cpu"):
 
 def load_clips(args, split, num):
     """Clips (N, F, C, H, W) uint8, K (N, F, 3, 3) and pose (N, F, 3, 4); split is train or test. An
-    .npz file has its own number of clips to train on, and no cameras: all get the same."""
-    if args.data in ("roll", "orbit"):
+    .npz file has its own number of clips to train on, and no cameras: all get that of roll."""
+    if args.data in ("roll", "orbit", "circle"):
         rng = np.random.default_rng([args.seed, split == "test"])
         scenes, K, pose = random_world(args.data, num, args.frames, args.height, rng)
         clips = render_clips(scenes, K, pose, args.height, args.height, args.device)
@@ -288,23 +282,7 @@ def load_clips(args, split, num):
     return [a.to(args.device) for a in (clips, *cameras)]
 
 
-# ---- 4. Noise (as in ddpm.py) --------------------------------------------------------------------
-
-
-def cosine_abar():
-    """abar_t for t = 0..T: (T + 1,) float64; Nichol & Dhariwal 2021, Eq. 17."""
-    t = torch.arange(T + 1, dtype=torch.float64) / T
-    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-    beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    return torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
-
-
-def q_sample(x0, eps, a_t):
-    """x_t given x_0, in one step (DDPM Eq. 4)."""
-    return a_t**0.5 * x0 + (1 - a_t) ** 0.5 * eps
-
-
-# ---- 5. Network (slide Video diffusion models: "share 2D U-Net across frames, add time attention")
+# ---- 4. Network (slide Video diffusion models: "share 2D U-Net across frames, add time attention")
 # Frames lie in the batch, so that 2-D layers treat each as a picture.
 
 
@@ -336,15 +314,17 @@ def attend(q, k, v):
 
 
 class TimeAttention(nn.Module):
-    """Attention of every position to all positions of all frames, as a moving camera needs."""
+    """The slide's time attention joins one position of all frames. Where the camera or the things
+    move, a point is elsewhere in the next frame: here all positions of all frames are joined."""
 
     def __init__(self, C, heads):
         super().__init__()
         self.heads = heads
         self.norm = group_norm(C)
         self.place = nn.Linear(3 * 32, C)
-        # The same is added to queries and keys: from the start, positions with similar rays attend
-        # to one another. Without it frames do not find one another for thousands of steps.
+        # Added to queries and keys alike: q . k then grows with the likeness of two rays, so that
+        # from the start patches which see the same place attend to one another. Without it frames
+        # do not find one another for thousands of steps.
         self.ray = nn.Conv2d(RAYS, C, 1, bias=False)
         nn.init.normal_(self.ray.weight, std=0.3)
         self.qkv = nn.Linear(C, 3 * C)
@@ -368,8 +348,9 @@ class TimeAttention(nn.Module):
 
 class FrameBlock(nn.Module):
     """Two 2-D convolutions and a shortcut; the time t adds one value per channel in between. Then
-    what joins frames: a convolution over 5 of them and, with heads, attention. Both start at zero,
-    so that a clip starts as a pile of pictures; single pictures skip them (frames = 0)."""
+    what joins frames: a convolution over 5 of them (after 3 x 3 in space it makes a 3-D convolution
+    in two parts) and, with heads, attention. Both start at zero, so that a clip starts as a pile of
+    pictures; single pictures skip them (frames = 0)."""
 
     def __init__(self, C_in, C_out, D, heads=0):
         super().__init__()
@@ -380,7 +361,7 @@ class FrameBlock(nn.Module):
         self.conv2 = zero(nn.Conv2d(C_out, C_out, 3, padding=1))
         self.skip = nn.Conv2d(C_in, C_out, 1) if C_in != C_out else nn.Identity()
         self.norm3 = group_norm(C_out)
-        self.conv3 = zero(nn.Conv3d(C_out, C_out, (5, 1, 1), padding=(2, 0, 0)))
+        self.conv3 = zero(nn.Conv2d(C_out, C_out, (5, 1), padding=(2, 0)))  # 5 frames, 1 place
         self.attention = TimeAttention(C_out, heads) if heads else None
 
     def forward(self, x, emb, rays, frames):  # (B F, C_in, h, w), (B F, D), (B F, 34, ...)
@@ -389,8 +370,9 @@ class FrameBlock(nn.Module):
         h = self.conv2(F.silu(self.norm2(h)))
         x = self.skip(x) + h
         if frames:
-            h = F.silu(self.norm3(x)).unflatten(0, (-1, frames)).transpose(1, 2)  # (B, C, F, h, w)
-            x = x + self.conv3(h).transpose(1, 2).flatten(0, 1)
+            h = F.silu(self.norm3(x)).flatten(2).unflatten(0, (-1, frames)).transpose(1, 2)
+            h = self.conv3(h)  # (B, C_out, F, h w)
+            x = x + h.transpose(1, 2).reshape(x.shape)
             x = self.attention(x, rays, frames) if self.attention else x
         return x
 
@@ -408,8 +390,7 @@ class VideoUNet(nn.Module):
         ch, skip_channels = width, [width]
         for i, m in enumerate(mults):
             for j in range(blocks):  # the last block of each level has attention
-                attends = heads if j == blocks - 1 else 0
-                self.down.append(FrameBlock(ch, m * width, D, attends))
+                self.down.append(FrameBlock(ch, m * width, D, heads * (j == blocks - 1)))
                 ch = m * width
                 skip_channels.append(ch)
             if i < last:
@@ -418,8 +399,8 @@ class VideoUNet(nn.Module):
         self.middle = nn.ModuleList([FrameBlock(ch, ch, D, heads), FrameBlock(ch, ch, D)])
         for i, m in reversed(list(enumerate(mults))):
             for j in range(blocks + 1):  # one more: conv_in and each downsampling left a skip too
-                attends = heads if j == blocks else 0
-                self.up.append(FrameBlock(ch + skip_channels.pop(), m * width, D, attends))
+                C_in = ch + skip_channels.pop()
+                self.up.append(FrameBlock(C_in, m * width, D, heads * (j == blocks)))
                 ch = m * width
             if i > 0:
                 self.up.append(nn.Conv2d(ch, ch, 3, padding=1))
@@ -449,11 +430,25 @@ class VideoUNet(nn.Module):
         return F.pixel_shuffle(h, self.patch).float().view_as(x)
 
 
-# ---- 6. Loss -------------------------------------------------------------------------------------
+# ---- 5. Noise and loss (as in ddpm.py) -----------------------------------------------------------
+
+
+def cosine_abar():
+    """abar_t for t = 0..T: (T + 1,) float64; Nichol & Dhariwal 2021, Eq. 17."""
+    t = torch.arange(T + 1, dtype=torch.float64) / T
+    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+    beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
+
+
+def q_sample(x0, eps, a_t):
+    """x_t given x_0, in one step (DDPM Eq. 4)."""
+    return a_t**0.5 * x0 + (1 - a_t) ** 0.5 * eps
 
 
 def draw_given(B, frames, device):
-    """Which frames of the clips are given (B, F): the first 0 to F / 2, and the last in 10 %."""
+    """Which frames of the clips are given (B, F): the first 0 to F / 2; in 10 % of the clips also
+    the last, so that what lies between can be drawn."""
     count = torch.randint(frames // 2 + 1, (B, 1), device=device)
     given = torch.arange(frames, device=device) < count
     given[:, -1] |= torch.rand(B, device=device) < 0.1
@@ -469,7 +464,7 @@ def video_loss(model, x0, rays, t, eps, abar, pictures):
     return ((error * (t > 0)).sum(1) / (t > 0).sum(1).clamp(min=1)).mean()
 
 
-# ---- 7. Sampler (slide Sampling a diffusion model) -----------------------------------------------
+# ---- 6. Sampler (slide Sampling a diffusion model) -----------------------------------------------
 
 
 def ddim_step(xt, x0, a_t, a_s):
@@ -495,54 +490,35 @@ def sample(model, x, clean, given, rays, args):
     return torch.where(keep, clean, x)
 
 
-def long_clip(model, clip, rays, args):
-    """Draw all frames of clip (1, N, C, H, W) but the first, in windows of --frames frames, in
-    which the first frame and the latest ones are given."""
-    clip, done, N = clip.clone(), 1, clip.shape[1]
-    while done < N:
-        old = [0, *range(max(1, done - args.frames // 2 + 1), done)]
-        new = list(range(done, min(N, done + args.frames - len(old))))
-        window = clip[:, old + new]
-        given = torch.arange(len(old + new), device=clip.device)[None] < len(old)
-        drawn = sample(model, torch.randn_like(window), window, given, rays[:, old + new], args)
-        clip[:, new] = drawn[:, len(old):]
-        done = new[-1] + 1
-    return clip
-
-
-# ---- 8. Training (slide Video diffusion models: "train on 2D, then video") -----------------------
+# ---- 7. Training (slide Video diffusion models: "train on 2D, then video") -----------------------
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made almost orthogonal: of a weight as a matrix (out, rest), all singular values of
-    the step are about lr (Jordan et al. 2024)."""
+    """Momentum as a matrix (out, rest) with all singular values made about 1: rare directions learn
+    as fast as strong ones (Jordan et al. 2024)."""
 
     def __init__(self, params, lr):
         super().__init__(params, dict(lr=lr))
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+        group = self.param_groups[0]
+        for p in group["params"]:
+            if p.grad is not None:
                 m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
                 m.lerp_(p.grad, 0.05)
-                x = p.grad.lerp(m, 0.95).flatten(1)
-                wide = x.shape[0] <= x.shape[1]
-                x = F.normalize(x if wide else x.mT, dim=(0, 1))
+                x = F.normalize(p.grad.lerp(m, 0.95).flatten(1), dim=(0, 1))
                 for _ in range(5):  # Newton-Schulz: a polynomial of the singular values
                     a = x @ x.mT
                     x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
-                x = (x if wide else x.mT).view_as(p)
-                p.sub_(x, alpha=group["lr"] * max(1, len(p) / p[0].numel()) ** 0.5)
+                p.sub_(x.view_as(p), alpha=group["lr"] * max(1, len(x) / x.shape[1]) ** 0.5)
 
 
 def optimizers(model, args):
-    """Muon for matrices but those of the first and the last layer; Adam for all else."""
-    names = {name for name, p in model.named_parameters() if p.ndim > 1 and "conv_" not in name}
-    matrices = [p for name, p in model.named_parameters() if name in names]
-    others = [p for name, p in model.named_parameters() if name not in names]
+    """Muon for all matrices except those of the first and the last layer; Adam for the rest."""
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        (matrices if p.ndim > 1 and "conv_" not in name else others).append(p)
     return [Muon(matrices, args.muon_lr),
             torch.optim.Adam(others, args.lr, (0.9, 0.95), fused=True)]
 
@@ -611,9 +587,8 @@ def train(args, ckpt=None):
             opt.step()
             opt.zero_grad()
         ema_update(ema, model, step)
-        if step % 20 == 0:
-            bar.set_postfix_str(f"squared error of {'pictures' if pictures else 'clips'} "
-                                f"{loss.item():.4f}")
+        if step % 20 == 1:
+            bar.set_postfix(loss=f"{loss.item():.4f}")
         if RANK == 0 and (step % args.every == 0 or step == args.steps):
             save_checkpoint(args, step, model=model.state_dict(), ema=ema.state_dict(),
                             optimizer=[opt.state_dict() for opt in opts])
@@ -622,7 +597,7 @@ def train(args, ckpt=None):
     return ema
 
 
-# ---- 9. Sampling from a trained model ------------------------------------------------------------
+# ---- 8. Sampling from a trained model ------------------------------------------------------------
 
 
 def generate(args, model, num, counts):
@@ -633,27 +608,10 @@ def generate(args, model, num, counts):
     given = torch.arange(args.shape[0]) < torch.tensor(counts).repeat(num)[:, None]
     torch.manual_seed(args.seed)
     noise = torch.randn(clips.shape)  # drawn on the CPU: the same for every device
-    drawn = []
+    parts = zip(*(a.to(args.device).split(50) for a in (noise, clips, given, rays)))
     with autocast(args):
-        for parts in zip(*(a.split(50) for a in (noise, clips, given, rays))):
-            x, clean, keep, told = (a.to(args.device) for a in parts)
-            drawn.append(to_uint8(sample(model, x, to_float(clean), keep, told, args)))
-    return torch.cat(drawn).cpu()
-
-
-def draw_circle(args, model, N=24):
-    """N views all around a scene: real; drawn from the first view; drawn from it with the cameras
-    withheld. Clips (3, N, C, H, W) uint8."""
-    rng = np.random.default_rng([args.seed, 1])
-    scenes, _, _ = random_world("orbit", 1, N, args.height, rng)
-    angles = torch.arange(N)[None] * 360 / N
-    K, pose = orbit(angles, *(torch.tensor([a]) for a in (37.0, 3.0, 42.0)), args.height)
-    real = render_clips(scenes, K, pose, args.height, args.height, args.device)
-    rays = camera_rays(K, pose, *args.shape[2:], args.patch).to(args.device)
-    torch.manual_seed(args.seed)
-    with autocast(args):
-        drawn = [long_clip(model, to_float(real), r, args) for r in (rays, torch.zeros_like(rays))]
-    return torch.cat([real, *(to_uint8(x) for x in drawn)]).cpu()
+        return torch.cat([to_uint8(sample(model, x, to_float(clean), keep, told, args)).cpu()
+                          for x, clean, keep, told in parts])
 
 
 def save_clips(path, clips, cols):
@@ -665,16 +623,18 @@ def save_clips(path, clips, cols):
 
 def save_samples(args, model):
     """samples.npz and samples.png: clips from nothing, or, of orbits, views of test scenes of which
-    the first is given. More pictures of test clips, with the real ones; each is also a film."""
+    the first is given. Then rows of test clips beside drawn ones. Each picture is also a film."""
     start, frames, out = time.time(), args.shape[0], args.out
     clips = generate(args, model, args.num, [1 if args.data == "orbit" else 0])
     path = args.save or out / "samples.npz"
     np.savez(path, clips.permute(0, 1, 3, 4, 2))
     say(f"{args.num} clips in {time.time() - start:.1f} s: {path} and {out}/samples.png")
     save_clips(out / "samples", clips[:10], 5)
-    if args.data == "orbit":  # rows: real, drawn from the first view
-        save_clips(out / "views", generate(args, model, 5, [frames, 1]), 2)
-        save_clips(out / "circle", draw_circle(args, model), 3)
+    if args.data == "orbit":  # rows: real, drawn from the first view; all around; blindly
+        for name, changes in (("views", {}), ("circle", {"data": "circle"}),
+                              ("withheld", {"data": "circle", "guidance": 0.0})):
+            changed = argparse.Namespace(**vars(args) | changes)
+            save_clips(out / name, generate(changed, model, 5, [frames, 1]), 2)
     else:  # rows: real, three futures of the first frame, the continuation of the first two
         save_clips(out / "futures", generate(args, model, 3, [frames, 1, 1, 1, 2]), 5)
 
