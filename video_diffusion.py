@@ -60,7 +60,7 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "steps": (3600, 70_000, "training steps"),
     "batch_size": (8, 64, "clips per step, over all GPUs"),
     "lr": (3e-3, 5e-4, "peak learning rate of Adam, for vectors"),
-    "muon_lr": (0.02, 0.02, "peak learning rate of Muon, for matrices"),
+    "muon_lr": (0.03, 0.02, "peak learning rate of Muon, for matrices"),
     "noise_power": (0.2, 0.2, "p: t = T u^p, u uniform in 0..1; below 1: more noise"),
     "every": (500, 2000, "steps between checkpoints"),
     "sample_steps": (20, 20, "number of sampling steps, at most T"),
