@@ -60,7 +60,7 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "steps": (3600, 70_000, "training steps"),
     "batch_size": (8, 64, "clips per step, over all GPUs"),
     "lr": (3e-3, 5e-4, "peak learning rate of Adam, for vectors"),
-    "muon_lr": (0.03, 0.02, "peak learning rate of Muon, for matrices"),
+    "muon_lr": (0.03, 0.03, "peak learning rate of Muon, for matrices"),
     "noise_power": (0.2, 0.2, "p: t = T u^p, u uniform in 0..1; below 1: more noise"),
     "every": (500, 2000, "steps between checkpoints"),
     "sample_steps": (20, 20, "number of sampling steps, at most T"),
@@ -348,7 +348,7 @@ class TimeAttention(nn.Module):
 
 class FrameBlock(nn.Module):
     """Two 2-D convolutions and a shortcut; the time t adds one value per channel in between. Then
-    what joins frames: a convolution over 5 of them (after 3 x 3 in space it makes a 3-D convolution
+    what joins frames: a convolution over 7 of them (after 3 x 3 in space it makes a 3-D convolution
     in two parts) and, with heads, attention. Both start at zero, so that a clip starts as a pile of
     pictures; single pictures skip them (frames = 0)."""
 
@@ -361,7 +361,7 @@ class FrameBlock(nn.Module):
         self.conv2 = zero(nn.Conv2d(C_out, C_out, 3, padding=1))
         self.skip = nn.Conv2d(C_in, C_out, 1) if C_in != C_out else nn.Identity()
         self.norm3 = group_norm(C_out)
-        self.conv3 = zero(nn.Conv2d(C_out, C_out, (5, 1), padding=(2, 0)))  # 5 frames, 1 place
+        self.conv3 = zero(nn.Conv2d(C_out, C_out, (7, 1), padding=(3, 0)))  # 7 frames, 1 place
         self.attention = TimeAttention(C_out, heads) if heads else None
 
     def forward(self, x, emb, rays, frames):  # (B F, C_in, h, w), (B F, D), (B F, 34, ...)
