@@ -96,7 +96,8 @@ def test_help_names_every_flag(name, capsys):
         lesson(name).main([])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and lesson(name).__doc__.splitlines()[0] in text
-    for flag in [*lesson(name).HPARAMS, *"train resume compile data out size seed".split()]:
+    common = "train resume compile out size seed".split() + ["data-dir"] * (name in DOWNLOADS)
+    for flag in [*lesson(name).HPARAMS, *common]:
         assert f"--{flag.replace('_', '-')} " in text
 
 
