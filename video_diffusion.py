@@ -264,6 +264,8 @@ def load_clips(args, split, num):
     """Clips (N, F, C, H, W) uint8, K (N, F, 3, 3) and pose (N, F, 3, 4); split is train or test. An
     .npz file has its own number of clips to train on, and no cameras: all get that of roll."""
     if args.data in ("roll", "orbit", "circle"):
+        if split == "train":
+            say(f"rendering {num:,} clips")
         rng = np.random.default_rng([args.seed, split == "test"])
         scenes, K, pose = random_world(args.data, num, args.frames, args.height, rng)
         clips = render_clips(scenes, K, pose, args.height, args.height, args.device)
@@ -271,6 +273,8 @@ def load_clips(args, split, num):
     try:
         with np.load(args.data) as file:
             clips = file["clips"].astype(np.uint8, casting="safe").transpose(0, 1, 4, 2, 3)
+        if clips.shape[3] % args.patch or clips.shape[4] % args.patch:
+            raise ValueError(f"H and W must be divisible by --patch {args.patch}")
         part = (np.arange(len(clips)) % 10 == 0) == (split == "test")  # a tenth for testing
         clips = torch.from_numpy(clips[part].copy())
     except Exception as e:
@@ -568,6 +572,8 @@ def train(args, ckpt=None):
         index = torch.randint(len(clips), (B,), device=device)
         u = torch.arange(B * frames, device=device).view(B, frames) / (B * frames)
         u = (u + torch.rand((), device=device)) % 1  # evenly spread over the batch
+        # Much noise: with little, a frame shows its neighbours where things are, and how they move
+        # is not learned.
         t = (T * u**args.noise_power).ceil().long().clamp(min=1)
         if not pictures:  # one t for all frames of a clip, and 0 for those that are given
             t = torch.where(draw_given(B, frames, device), 0, t[:, :1])
@@ -731,7 +737,7 @@ def parse_args(argv=None, config=None):
     add("--sample", action="store_true", help="sample from OUT/model.pt, or else from pretrained/")
     add("--resume", action="store_true", help="with --train: continue from OUT/model.pt")
     add("--compile", action="store_true", help="torch.compile: slow start, faster steps")
-    add("--data", default="roll", help="roll, orbit, or an .npz with clips (N, F, H, W, C) uint8")
+    add("--data", default="roll", help="roll, orbit, or an .npz with clips (N, F, H, W, C)")
     add("--out", type=Path, help="folder for everything written, default out/ and the model's name")
     add("--size", choices=SIZES, default="small", help="preset for the flags below")
     add("--num", type=int, default=20, help="number of samples")

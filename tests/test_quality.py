@@ -1,7 +1,6 @@
 """The pretrained checkpoints draw what docs/results.md says, judged by nearest neighbours in pixels
 and by the pretrained classifier."""
 
-import math
 import sys
 from pathlib import Path
 
@@ -24,52 +23,16 @@ import video_geometry
 import video_motion
 
 
-@pytest.fixture(scope="module")
-def drawn():
-    """120 samples of pretrained/ddpm.pt with its default sampler and guidance, and the data."""
-    ckpt = ddpm.load_checkpoint(ROOT / "pretrained/ddpm.pt")
-    args = ddpm.parse_args(["--device", "cpu"], ckpt["config"])
-    model = ddpm.build(args).eval()
+def load(lesson, name=None):
+    """Flags and network of a pretrained checkpoint."""
+    path = ROOT / f"pretrained/{name or lesson.NAME}.pt"
+    if not path.exists():
+        pytest.skip("not trained yet")
+    ckpt = lesson.load_checkpoint(path)
+    args = lesson.parse_args(["--device", "cpu"], ckpt["config"])
+    model = lesson.build(args).eval()
     model.load_state_dict(ckpt["ema"])
-    return *ddpm.generate(args, model, 120), *ddpm.load_data("mnist", "train", ROOT / "data")
-
-
-def distances(images, known):
-    """(N, M), to the last digit: the fast way by products is wrong near 0."""
-    a, b = (ddpm.to_float(x).flatten(1) for x in (images, known))
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def test_digits_are_of_the_class_asked_for(drawn):
-    """By the vote of the 5 nearest of 60,000 training images, whose accuracy on real test digits is
-    0.969 (guided samples are more typical). And no sample is a training image."""
-    images, labels, known, known_labels = drawn
-    near = distances(images, known).topk(5, largest=False)
-    votes = known_labels[near.indices].mode(dim=1).values
-    assert (votes == labels).float().mean() >= 0.97
-    assert near.values[:, 0].min() > 1.5
-
-
-def test_digits_are_varied(drawn):
-    """Within a class samples are about as far apart as training images; no two are alike."""
-    images, labels, known, known_labels = drawn
-    for c in range(10):
-        own = distances(images[labels == c], images[labels == c])
-        real = distances(known[known_labels == c][:200], known[known_labels == c][:200])
-        assert (own + 100 * torch.eye(len(own))).min() > 1.5
-        assert own.mean() > 0.75 * real.mean(), c
-
-
-def test_digits_are_black_and_white(drawn):
-    """Brightness and background are those of MNIST: a wrong range shows as grey."""
-    images, _, known, _ = drawn
-    assert abs(images.float().mean() - known.float().mean()) < 6
-    assert (images[:, :, 0] < 8).float().mean() > 0.98 and (images > 200).float().mean() > 0.05
-
-
-def read_by_classifier(images, labels):
-    """Share of images that pretrained/fid.pt reads as their labels."""
-    return (classes_of(images) == labels).float().mean()
+    return args, model
 
 
 def classes_of(images):
@@ -79,77 +42,59 @@ def classes_of(images):
     return fid.summarise(f, images, None, args, "images")["logits"].argmax(1)
 
 
-def test_classifier_agrees_on_diffusion_samples(drawn):
-    """The classifier's accuracy on ddpm.py's samples is that of docs/results.md, within chance."""
-    assert read_by_classifier(drawn[0], drawn[1]) >= 0.98
+def distances(a, b):
+    """Euclidean distances (N, M) of images, to the last digit; by products, 0 would be wrong."""
+    a, b = (ddpm.to_float(x).flatten(1) for x in (a, b))
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-@pytest.fixture(scope="module")
-def density():
-    """pretrained/pixelcnn.pt, ready to use."""
-    ckpt = pixelcnn.load_checkpoint(ROOT / "pretrained/pixelcnn.pt")
-    args = pixelcnn.parse_args(["--device", "cpu"], ckpt["config"])
-    model = pixelcnn.build(args).eval()
-    model.load_state_dict(ckpt["ema"])
-    return args, model
+def test_ddpm_digits():
+    """120 samples: of the class asked for, by the classifier and by the vote of the 5 nearest of
+    60,000 training images, whose accuracy on real test digits is 0.969; no sample is a training
+    image; samples of a class are about as far apart as real ones; black and white as MNIST is."""
+    args, model = load(ddpm)
+    images, labels = ddpm.generate(args, model, 120)
+    known, known_labels = ddpm.load_data("mnist", "train", ROOT / "data")
+    near = distances(images, known).topk(5, largest=False)
+    assert (classes_of(images) == labels).float().mean() >= 0.98
+    assert (known_labels[near.indices].mode(dim=1).values == labels).float().mean() >= 0.97
+    assert near.values[:, 0].min() > 1.5
+    for c in range(10):
+        own, some = images[labels == c], known[known_labels == c][:200]
+        apart = distances(own, own)
+        assert (apart + 100 * torch.eye(len(own))).min() > 1.5
+        assert apart.mean() > 0.75 * distances(some, some).mean(), c
+    assert abs(images.float().mean() - known.float().mean()) < 6
+    assert (images[:, :, 0] < 8).float().mean() > 0.98 and (images > 200).float().mean() > 0.05
 
 
-def test_pixelcnn_digits_are_of_the_class_asked_for(density):
-    """200 samples at the default guidance, as docs/results.md says, within chance."""
-    args, model = density
+def test_pixelcnn():
+    """200 samples at the default guidance are read as their classes, the first 1,000 test digits
+    cost the bits of docs/results.md, and p(y | x) reads 100 of them."""
+    args, model = load(pixelcnn)
     labels = torch.arange(200) % 10
-    assert read_by_classifier(pixelcnn.generate(args, model, labels), labels) >= 0.93
-
-
-def test_pixelcnn_bits(density):
-    """The first 1,000 test digits cost what docs/results.md says of them."""
-    args, model = density
-    log_p = pixelcnn.log_probs(model, *pixelcnn.held_out(args, 1000)).mean()
-    bits = pixelcnn.to_bits(log_p, args.shape)
+    drawn = pixelcnn.generate(args, model, labels)
+    assert (classes_of(drawn) == labels).float().mean() >= 0.93
+    x, y = pixelcnn.held_out(args, 1000)
+    bits = pixelcnn.to_bits(pixelcnn.log_probs(model, x, y).mean(), args.shape)
     assert bits == pytest.approx(0.8395, abs=0.0005)
+    found = pixelcnn.log_joint(args, model, x[:100]).argmax(1)
+    assert (found == y[:100]).float().mean() >= 0.88
 
 
-def test_pixelcnn_reads_digits_by_bayes_rule(density):
-    """Of 100 test digits, by p(y | x); docs/experiments.md has the share of all."""
-    args, model = density
-    x, y = pixelcnn.held_out(args, 100)
-    assert (pixelcnn.log_joint(args, model, x).argmax(1) == y).float().mean() >= 0.88
-
-
-@pytest.fixture(scope="module")
-def codes():
-    """pretrained/vqvae.pt, ready to use."""
-    ckpt = vqvae.load_checkpoint(ROOT / "pretrained/vqvae.pt")
-    args = vqvae.parse_args(["--device", "cpu"], ckpt["config"])
-    model = vqvae.build(args).eval()
-    model.load_state_dict(ckpt["ema"])
-    return args, model
-
-
-def test_vqvae_reconstructions(codes):
-    """2,000 test digits through their codes: near, read as before, and nearly all codes in use."""
-    args, model = codes
+def test_vqvae():
+    """2,000 test digits through their codes: near, read as before, nearly all codes in use. 200
+    samples at the default guidance are read as their classes."""
+    args, model = load(vqvae)
     images, _ = vqvae.test_set(args, 2000)
     found = vqvae.codes_of(model.autoencoder, images)
     back = vqvae.images_of(model.autoencoder, found)
     assert (back - vqvae.to_float(images)).square().mean() < 0.0095
     assert len(found.unique()) == args.codebook_size
     assert (classes_of(images) == classes_of(vqvae.to_uint8(back))).float().mean() >= 0.98
-
-
-def test_vqvae_digits_are_of_the_class_asked_for(codes):
-    """200 samples at the default guidance, as docs/results.md says, within chance."""
-    args, model = codes
     labels = torch.arange(200) % 10
-    assert read_by_classifier(vqvae.generate(args, model, labels), labels) >= 0.95
-
-
-@pytest.fixture(scope="module", params=[dalle_mini, latent_diffusion], ids=lambda m: m.NAME)
-def scenes(request):
-    """A file, its pretrained model, and the judge of scenes."""
-    lesson = request.param
-    args, model = scene_accuracy.load_model(lesson, None, ["--device", "cpu"])
-    return lesson, args, model, scene_accuracy.load_judge(lesson)
+    drawn = vqvae.generate(args, model, labels)
+    assert (classes_of(drawn) == labels).float().mean() >= 0.95
 
 
 def share_right(judge, images, facts):
@@ -166,31 +111,21 @@ def test_the_judge_knows_what_it_judges():
     assert min(shares) >= 0.95 and abs(shares[0] - shares[1]) <= 0.02, shares
 
 
-@pytest.mark.parametrize("pairs", ["seen", "held-out"])
-def test_scenes_are_what_the_caption_asks_for(scenes, pairs):
+@pytest.mark.parametrize("lesson", [dalle_mini, latent_diffusion], ids=lambda m: m.NAME)
+def test_scenes_are_what_the_caption_asks_for(lesson):
     """All of 200 scenes, within chance of docs/results.md; and the first stage can show them."""
-    lesson, args, model, judge = scenes
-    images, texts, facts = lesson.load_scenes(200, "test", pairs, args, single=0)
-    with torch.no_grad():
-        back = lesson.to_uint8(model.autoencoder.reconstruct(lesson.to_float(images)))
-    assert share_right(judge, back, facts) >= 0.9
-    assert share_right(judge, lesson.generate(args, model, texts), facts) >= 0.94
-
-
-def load_video(name):
-    """pretrained/<name>.pt, ready to use."""
-    if not (ROOT / f"pretrained/{name}.pt").exists():
-        pytest.skip("not trained yet")
-    ckpt = video_diffusion.load_checkpoint(ROOT / f"pretrained/{name}.pt")
-    args = video_diffusion.parse_args(["--device", "cpu"], ckpt["config"])
-    model = video_diffusion.build(args).eval()
-    model.load_state_dict(ckpt["ema"])
-    return args, model
+    (args, model), judge = load(lesson), scene_accuracy.load_judge(lesson)
+    for pairs in ("seen", "held-out"):
+        images, texts, facts = lesson.load_scenes(200, "test", pairs, args, single=0)
+        with torch.no_grad():
+            back = lesson.to_uint8(model.autoencoder.reconstruct(lesson.to_float(images)))
+        assert share_right(judge, back, facts) >= 0.9
+        assert share_right(judge, lesson.generate(args, model, texts), facts) >= 0.94
 
 
 def test_spheres_roll_as_the_law_says():
     """20 clips continued from two frames: both spheres stay, where the law of motion has them."""
-    args, model = load_video("video_diffusion")
+    args, model = load(video_diffusion)
     real, K, pose = video_diffusion.load_clips(args, "test", 20)
     hues = video_motion.find(real)[2]
     at, there, _ = video_motion.find(video_diffusion.generate(args, model, 20, [2]), hues)
@@ -201,7 +136,7 @@ def test_spheres_roll_as_the_law_says():
 def test_new_views_are_where_the_camera_says():
     """Of 20 test scenes, 7 views each from one picture: closer to the truth than the empty table,
     by the decibels of docs/results.md less chance, and with the spheres in their places."""
-    args, model = load_video("video_diffusion_orbit")
+    args, model = load(video_diffusion, "video_diffusion_orbit")
     scenes, K, pose = video_diffusion.random_world(
         "orbit", 20, args.frames, args.height, np.random.default_rng([args.seed, 1]))
     real, empty = (

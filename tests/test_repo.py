@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,24 +28,19 @@ def imported(path):
             yield node.module.split(".")[0], node.col_offset
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
-def test_lessons_import_no_other(path):
-    """Standard library, torch, numpy, tqdm. fid.py may use Pillow, inside a function."""
-    for name, column in imported(path):
-        if not (path.name == "fid.py" and name == "PIL" and column):
-            assert name in sys.stdlib_module_names or name in ("torch", "numpy", "tqdm"), name
-
-
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.name)
-def test_experiments_import_one_lesson(path):
-    """And fid.py, which judges, and other experiments; packages beyond matplotlib only inside a
-    function."""
-    others = [p.stem for p in EXPERIMENTS]
-    lessons = {name for name, _ in imported(path)} & {p.stem for p in FILES}
-    assert len(lessons - {"fid"}) <= 1
-    for name, column in imported(path):
-        assert (column or name in lessons or name in sys.stdlib_module_names
-                or name in ("torch", "numpy", "tqdm", "matplotlib", *others)), name
+def test_imports():
+    """Lessons: the standard library, torch, numpy, tqdm; fid.py also Pillow, inside a function.
+    Experiments: also matplotlib, one lesson, fid.py, which judges, and other experiments; other
+    packages inside a function."""
+    allowed = {*sys.stdlib_module_names, "torch", "numpy", "tqdm"}
+    for path in FILES:
+        for name, column in imported(path):
+            assert name in allowed or (path.stem, name) == ("fid", "PIL") and column, (path, name)
+    for path in EXPERIMENTS:
+        lessons = {name for name, _ in imported(path)} & {p.stem for p in FILES}
+        assert len(lessons - {"fid"}) <= 1, path
+        more = {*allowed, "matplotlib", *lessons, *(p.stem for p in EXPERIMENTS)}
+        assert all(column or name in more for name, column in imported(path)), path
 
 
 def commands():
@@ -108,8 +102,8 @@ def test_links_and_pictures_exist():
 
 
 def test_checkpoints_are_small():
-    """pretrained/ holds at most one checkpoint per file, of at most 4 MB, in half precision; a second
-    one for video_diffusion.py's other world; and the judge of scenes."""
+    """pretrained/ holds at most one checkpoint per file, of at most 4 MB, in half precision; one
+    more for video_diffusion.py's other world; and the judge of scenes."""
     names = {path.stem for path in FILES} | {"video_diffusion_orbit", "scene_judge"}
     for path in (ROOT / "pretrained").iterdir():
         assert path.suffix == ".pt" and path.stem in names

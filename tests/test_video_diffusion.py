@@ -1,6 +1,7 @@
-"""video_diffusion.py: cameras and renderer against a ray tracer of a few lines, motion against the
-laws, the network against what it must not see, the sampler against Gaussians in closed form."""
+"""video_diffusion.py: the renderer against a ray tracer of a few lines, motion against its laws,
+the network against what it must not see, Muon against an SVD, the sampler against Gaussians."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -13,67 +14,41 @@ from inprocess import call
 
 SMALL = ("--scenes 12 --frames 4 --height 16 --width 16 --batch-size 4 --picture-steps 1 --steps 3 "
          "--every 3 --sample-steps 2 --num 3 --device cpu").split()
-both_worlds = pytest.mark.parametrize("data", ["roll", "orbit"])
-
-# ---- Cameras -------------------------------------------------------------------------------------
 
 
-def project(K, pose, X):
-    """Pixels (..., 2) of points X (..., 3): K R^T (X - c), as the docstring has it."""
-    p = K @ pose[..., :3].mT @ (X - pose[..., 3])[..., None]
-    return p[..., :2, 0] / p[..., 2:, 0]
+def test_cameras():
+    """Poses are right-handed, the target is in the middle, up is up and right is right. Points on a
+    patch's ray are seen in its middle. Pluecker coordinates name the line; the planes are crossed
+    where the ray has their height; lengths are in units of the first camera's distance."""
+    def project(K, pose, X):  # K R^T (X - c), as the docstring has it
+        p = K @ pose[..., :3].mT @ (X - pose[..., 3])[..., None]
+        return p[..., :2, 0] / p[..., 2:, 0]
 
-
-def random_cameras(n=3, frames=2):
+    pose = vd.look_at(torch.tensor([3.0, 0, 2]), target := torch.tensor([0, 0.5, 0.1]))
+    moved = target + torch.tensor([[0, 0, 0], [0, 0, 0.1], [0, 0.1, 0]])
+    at = project(torch.diag(torch.tensor([10.0, 10, 1])), pose, moved)
+    assert torch.allclose(pose[:, :3].mT @ pose[:, :3], torch.eye(3), atol=1e-6)
+    assert torch.det(pose[:, :3]) > 0.99 and torch.allclose(at[0], torch.zeros(2), atol=1e-5)
+    assert at[1, 1] < -0.1 and at[2, 0] > 0.1  # seen from +x, y is right
     g = torch.Generator().manual_seed(0)
-    eye = torch.randn(n, frames, 3, generator=g) + torch.tensor([0, 0, 4.0])
-    pose = vd.look_at(eye, torch.randn(n, frames, 3, generator=g) * 0.2)
-    return torch.tensor([[21.0, 0, 7], [0, 27, 11], [0, 0, 1]]).expand(n, frames, 3, 3), pose
-
-
-def test_look_at():
-    """Right-handed and orthonormal; the target is in the middle; what is higher is further up, and
-    what is on the right is on the right."""
-    eye, target = torch.tensor([3.0, 0, 2]), torch.tensor([0, 0.5, 0.1])
-    pose, K = vd.look_at(eye, target), torch.diag(torch.tensor([10.0, 10, 1]))
-    R = pose[:, :3]
-    assert torch.allclose(R.mT @ R, torch.eye(3), atol=1e-6) and torch.det(R) > 0.999
-    assert torch.allclose(project(K, pose, target), torch.zeros(2), atol=1e-5)
-    assert project(K, pose, target + torch.tensor([0, 0, 0.1]))[1] < -0.1
-    assert project(K, pose, target + torch.tensor([0, 0.1, 0]))[0] > 0.1  # seen from +x, y is right
-
-
-@pytest.mark.parametrize("patch", [1, 4])
-def test_rays_are_projection_inverted(patch):
-    """Points on the ray of a pixel, or of a patch, are seen in its middle."""
-    K, pose = random_cameras()
-    d = vd.pixel_rays(K, pose, 5, 6, 1 / patch)
-    v, u = torch.meshgrid(torch.arange(5) + 0.5, torch.arange(6) + 0.5, indexing="ij")
-    for s in (0.5, 3.0):
-        X = pose[:, :, None, None, :, 3] + s * d
-        seen = project(K[:, :, None, None], pose[:, :, None, None], X)
-        assert torch.allclose(seen, patch * torch.stack([u, v], -1), atol=1e-3)
-
-
-def test_camera_rays():
-    """Pluecker coordinates name the line and not the camera on it; the planes are crossed where a
-    point of the ray has their height; all lengths are in units of the first camera's distance."""
-    K, pose = random_cameras()
+    eye = torch.randn(3, 2, 3, generator=g) + torch.tensor([0, 0, 4.0])
+    pose = vd.look_at(eye, torch.randn(3, 2, 3, generator=g) * 0.2)
+    K = torch.tensor([[21.0, 0, 7], [0, 27, 11], [0, 0, 1]]).expand(3, 2, 3, 3)
+    v, u = torch.meshgrid(torch.arange(3) + 0.5, torch.arange(4) + 0.5, indexing="ij")
+    X = pose[:, :, None, None, :, 3] + 1.7 * vd.pixel_rays(K, pose, 3, 4, 0.25)
+    seen = project(K[:, :, None, None], pose[:, :, None, None], X)
+    assert torch.allclose(seen, 4 * torch.stack([u, v], -1), atol=1e-3)
     rays = vd.camera_rays(K, pose, 12, 16, 4).movedim(2, -1)  # (n, F, 3, 4, 34)
-    assert rays.shape == (3, 2, 3, 4, vd.RAYS)
-    d, moment = rays[..., :3], rays[..., 3:6]
-    c = (pose[..., 3] / pose[:, :1, :, 3].norm(dim=-1, keepdim=True))[:, :, None, None]
-    assert torch.allclose(d, vd.pixel_rays(K, pose, 3, 4, 0.25), atol=1e-6)
-    assert torch.allclose(torch.linalg.cross(c + 1.7 * d, d), moment, atol=1e-5)
+    d, c = rays[..., :3], pose[..., 3] / pose[:, :1, :, 3].norm(dim=-1, keepdim=True)
+    c = c[:, :, None, None]
+    assert rays.shape[-1] == vd.RAYS
+    assert torch.allclose(torch.linalg.cross(c + 1.7 * d, d), rays[..., 3:6], atol=1e-5)
     for k, z in ((6, 0.0), (8, 0.15)):
         X = c + (z - c[..., 2:]) / d[..., 2:] * d
         near = (d[..., 2] < -0.1) & (X[..., :2].abs() < 2).all(-1)
         assert near.any() and torch.allclose(X[near][:, :2], rays[..., k:k + 2][near], atol=1e-5)
     pose = torch.cat([pose[..., :3], 5 * pose[..., 3:]], -1)
     assert torch.allclose(vd.camera_rays(K, pose, 12, 16, 4).movedim(2, -1), rays, atol=1e-5)
-
-
-# ---- The renderer --------------------------------------------------------------------------------
 
 
 def hit(centre, radius, o, d):
@@ -101,7 +76,7 @@ def trace(centre, radius, colour, sun, tone, turn, o, d):
     return colour[first] * (0.35 + 0.65 * lit * max(0, normal @ sun))
 
 
-@both_worlds
+@pytest.mark.parametrize("data", ["roll", "orbit"])
 def test_renderer(data):
     """Two frames, ray by ray; rays that graze an edge may differ. A pixel is the mean of 2 x 2."""
     scenes, K, pose = vd.random_world(data, 1, 2, 14, np.random.default_rng(4))
@@ -114,25 +89,18 @@ def test_renderer(data):
         wrong += np.abs(found[f, :, i, j].numpy() - want).max() > 1e-3
     assert wrong <= 3
     large = vd.trace_rays(scenes, K * torch.tensor([2.0, 2, 1])[:, None], pose, 28, 28, fine=1)
-    mean = large.unflatten(4, (14, 2)).unflatten(3, (14, 2)).mean(dim=(4, 6))
-    assert torch.allclose(vd.trace_rays(scenes, K, pose, 14, 14), mean, atol=1e-3)
+    mean = F.avg_pool2d(large[0], 2)
+    assert torch.allclose(vd.trace_rays(scenes, K, pose, 14, 14)[0], mean, atol=1e-3)
 
 
-# ---- Motion and data -----------------------------------------------------------------------------
-
-
-def test_rolling():
-    """Alone, a sphere keeps its velocity, and is mirrored at the edge, to a fine step."""
+def test_motion_obeys_the_laws(monkeypatch):
+    """Alone, a sphere keeps its velocity and is mirrored at the edge. 200 pairs without an edge
+    keep momentum and energy, do not overlap, and change along the line of centres alone."""
     p, v = torch.tensor([[[0.0, -0.5], [0.0, 0.9]]]), torch.tensor([[[0.2, 0.0], [0.0, 0.0]]])
     x = vd.roll(p, v, torch.tensor([[0.3, 0.2]]), 10, fine=100)[0, :, 0]
     free = 0.2 * torch.arange(10)
     assert torch.allclose(x[:, 0], torch.minimum(free, 2 * 0.9 - free), atol=0.01)
     assert (x[:, 1] == -0.5).all()
-
-
-def test_collisions_obey_the_laws(monkeypatch):
-    """200 pairs on a table so large that nothing bounces: momentum and energy are kept, spheres do
-    not pass through one another, and velocities change along the line of centres alone."""
     monkeypatch.setattr(vd, "TABLE", 100.0)
     rng = np.random.default_rng(0)
     radius = torch.from_numpy(rng.uniform(0.2, 0.4, (200, 2))).float()
@@ -142,67 +110,56 @@ def test_collisions_obey_the_laws(monkeypatch):
     before, after = path[:, 1] - path[:, 0], path[:, -1] - path[:, -2]
     assert torch.allclose(before.sum(1), after.sum(1), atol=1e-5)
     assert torch.allclose(before.square().sum((1, 2)), after.square().sum((1, 2)), atol=1e-5)
-    gap = path[:, :, 0] - path[:, :, 1]
-    near = 2 * radius.prod(-1).sqrt()
-    assert (gap.norm(dim=-1) > near[:, None] - 0.01).all()  # |a + b|^2 - |a - b|^2 = 4 a b
+    gap = path[:, :, 0] - path[:, :, 1]  # at contact |a + b|^2 - |a - b|^2 = 4 a b
+    assert (gap.norm(dim=-1) > 2 * radius.prod(-1).sqrt()[:, None] - 0.01).all()
     change = after[:, 0] - before[:, 0]
-    met = change.norm(dim=-1) > 0.02
     n = F.normalize(gap[torch.arange(200), gap.norm(dim=-1).argmin(1)], dim=-1)
     across = (change[:, 0] * n[:, 1] - change[:, 1] * n[:, 0]).abs()
+    met = change.norm(dim=-1) > 0.02
     assert met.sum() > 100 and (across < 0.2 * change.norm(dim=-1))[met].all()
 
 
-@both_worlds
+@pytest.mark.parametrize("data", ["roll", "orbit"])
 def test_random_worlds(data):
-    """Spheres stand on the table and apart, colours differ; what shall move moves and the rest does
-    not; test scenes are others than training scenes, and the same again."""
+    """Spheres stand on the table and apart, colours differ; in one world the spheres move, in the
+    other the camera; test scenes are others than training scenes, and the same again."""
     scenes, K, pose = vd.random_world(data, 200, 6, 32, np.random.default_rng(0))
-    p, z = scenes.centre[..., :2], scenes.centre[..., 2]
+    p, z, eye = scenes.centre[..., :2], scenes.centre[..., 2], pose[..., 3]
+    gap, speed = (p[:, :, 0] - p[:, :, 1]).norm(dim=-1), (p[:, 1] - p[:, 0]).norm(dim=-1)
     assert torch.equal(z, scenes.radius[:, None].expand_as(z))
-    gap = (p[:, :, 0] - p[:, :, 1]).norm(dim=-1)
     assert (gap > 2 * scenes.radius.prod(-1).sqrt()[:, None] - 0.06).all()
+    assert (p.abs().amax(-1) <= vd.TABLE - scenes.radius[:, None] + 0.04).all()
     assert (scenes.colour[:, 0] != scenes.colour[:, 1]).any(1).all()
-    assert torch.allclose(scenes.sun.norm(dim=1), torch.ones(200))
-    eye, speed = pose[..., 3], (p[:, 1] - p[:, 0]).norm(dim=-1)
     if data == "roll":
-        assert (p.abs().amax(-1) <= vd.TABLE - scenes.radius[:, None] + 0.04).all()
         assert (speed < 0.25).all() and (speed > 0.07).float().mean() > 0.9
         assert (eye == eye[0, 0]).all() and (scenes.turn == 0).all()
     else:
-        assert (p.norm(dim=-1) <= vd.TABLE - scenes.radius[:, None]).all()  # at any angle
-        assert speed.max() == 0 and scenes.turn.std() > 0.3
         azimuth = torch.rad2deg(torch.atan2(eye[..., 1], eye[..., 0]))
         step = (azimuth.diff(dim=1) + 180) % 360 - 180
         assert azimuth[:, 0].abs().max() < 1e-4 and (step > 0).float().mean() > 0.3
         assert step.abs().min() > 14.9 and step.abs().max() < 45.1
-        pose = vd.random_world("circle", 2, 6, 32, np.random.default_rng(0))[2]
-        assert torch.allclose(pose[:, 3, :2, 3], -pose[:, 0, :2, 3], atol=1e-5)  # half-way round
+        assert speed.max() == 0 and scenes.turn.std() > 0.3
+        eye = vd.random_world("circle", 2, 6, 32, np.random.default_rng(0))[2][..., 3]
+        assert torch.allclose(eye[:, 3, :2], -eye[:, 0, :2], atol=1e-5)  # half-way round
     args = vd.parse_args([*SMALL, "--data", data])
     train, again, test = (vd.load_clips(args, part, 2)[0] for part in ("train", "train", "test"))
     assert torch.equal(train, again) and not torch.equal(train, test)
 
 
 def test_own_clips(tmp_path, capsys):
-    """A tenth is for testing; damaged and wrong files are refused in one line."""
+    """A tenth is for testing; wrong files are refused in one line."""
     clips = np.arange(20, dtype=np.uint8).repeat(3 * 8 * 4).reshape(20, 3, 8, 4, 1)
-    np.savez(tmp_path / "own.npz", clips=clips)
-    np.savez(tmp_path / "float.npz", clips=clips / 2)
-    np.savez(tmp_path / "flat.npz", clips=clips[:, 0])
-    np.savez(tmp_path / "name.npz", images=clips)
-    args = vd.parse_args(["--data", str(tmp_path / "own.npz"), "--device", "cpu"])
-    (train, K, _), (test, _, pose) = (vd.load_clips(args, part, 5) for part in ("train", "test"))
-    assert train.shape == (18, 3, 1, 8, 4) and K.shape == (18, 3, 3, 3) and len(pose) == 5
-    assert {*train[:, 0, 0, 0, 0].tolist()} == {*range(20)} - {0, 10}
-    assert test[:, 0, 0, 0, 0].tolist() == [0, 10, 0, 10, 0]
-    (tmp_path / "junk.npz").write_bytes(b"junk")
-    for name in ("junk", "none", "float", "flat", "name"):
-        args.data = str(tmp_path / f"{name}.npz")
+    args = vd.parse_args(["--data", str(tmp_path / "x.npz"), "--device", "cpu"])
+    for wrong in (clips / 2, clips[:, 0], clips[:, :, 1:]):  # no integers, no frames, odd height
+        np.savez(tmp_path / "x.npz", clips=wrong)
         with pytest.raises(SystemExit):
             vd.load_clips(args, "train", 5)
         assert capsys.readouterr().err.count("\n") == 1
-
-
-# ---- The network ---------------------------------------------------------------------------------
+    np.savez(tmp_path / "x.npz", clips=clips)
+    train, K, _ = vd.load_clips(args, "train", 5)
+    assert train.shape == (18, 3, 1, 8, 4) and K.shape == (18, 3, 3, 3)
+    assert {*train[:, 0, 0, 0, 0].tolist()} == {*range(20)} - {0, 10}
+    assert vd.load_clips(args, "test", 5)[0][:, 0, 0, 0, 0].tolist() == [0, 10, 0, 10, 0]
 
 
 def network(random_time=True):
@@ -213,39 +170,39 @@ def network(random_time=True):
         over_time = ".conv3." in name or ".attention.out." in name
         if not p.any() and (random_time or not over_time):
             torch.nn.init.normal_(p, std=0.2)
-    return net
-
-
-def inputs():
-    g = torch.Generator().manual_seed(1)
-    t = torch.randint(1, 1000, (2, 4), generator=g)
-    x, rays = torch.randn(2, 4, 3, 8, 8, generator=g), torch.randn(2, 4, vd.RAYS, 4, 4, generator=g)
-    return {"x": x, "t": t, "rays": rays}
+    x, rays = torch.randn(2, 4, 3, 8, 8), torch.randn(2, 4, vd.RAYS, 4, 4)
+    return net, {"x": x, "t": torch.randint(1, 1000, (2, 4)), "rays": rays}
 
 
 def test_a_clip_starts_as_a_pile_of_pictures():
-    """Before training the layers over time change nothing; after two steps all of them learn."""
-    net, clip = network(random_time=False), inputs()
+    """Before training the layers over time change nothing; after two steps all of them learn. Each
+    parameter has one optimiser: Muon has the matrices inside the network."""
+    net, clip = network(random_time=False)
     alone = net(**{key: a.flatten(0, 1)[:, None] for key, a in clip.items()}).view_as(clip["x"])
-    assert torch.allclose(net(**clip), alone, atol=1e-5)
-    assert torch.allclose(net(**clip, pictures=True), alone, atol=1e-5)
+    for pictures in (False, True):
+        assert torch.allclose(net(**clip, pictures=pictures), alone, atol=1e-5)
     opt = torch.optim.SGD(net.parameters(), 0.1)
     for _ in range(2):
         opt.zero_grad()
         net(**clip).square().mean().backward()
         opt.step()
     assert all(p.grad.any() for p in net.parameters())
+    muon, adam = vd.optimizers(net, vd.parse_args(["--lr", "0.5", "--muon-lr", "0.25"]))
+    assert (muon.defaults["lr"], adam.defaults["lr"]) == (0.25, 0.5)
+    muon, adam = ({*map(id, opt.param_groups[0]["params"])} for opt in (muon, adam))
+    assert not muon & adam and muon | adam == {*map(id, net.parameters())}
+    for name, p in net.named_parameters():
+        assert (id(p) in adam) == (p.ndim == 1 or name in ("conv_in.weight", "conv_out.weight"))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("what", ["x", "t", "rays"])
-def test_who_sees_whom(what):
+def test_who_sees_whom():
     """Pictures are alone: what changes in one changes its answer alone. In a clip all frames see
     it, and their order counts."""
-    net, clip, order = network(), inputs(), torch.tensor([2, 0, 3, 1])
-    other = {key: a.clone() for key, a in clip.items()}
-    other[what][0, 1] = 900 - other[what][0, 1]
-    for pictures in (True, False):
+    (net, clip), order = network(), torch.tensor([2, 0, 3, 1])
+    for what, pictures in itertools.product(clip, (True, False)):
+        other = {key: a.clone() for key, a in clip.items()}
+        other[what][0, 1] = 900 - other[what][0, 1]
         difference = net(**clip, pictures=pictures) - net(**other, pictures=pictures)
         want = torch.zeros(2, 4, dtype=torch.bool)
         want[0, 1 if pictures else slice(None)] = True
@@ -261,8 +218,8 @@ def test_attention_by_hand():
     block, (B, N, C, h, w) = vd.TimeAttention(8, 1), (2, 3, 8, 2, 3)
     torch.nn.init.normal_(block.out.weight)
     x, rays = torch.randn(B * N, C, h, w), torch.randn(B * N, vd.RAYS, h, w)
-    found = block(x, rays, N).view(B, N, C, h, w)
-    norm, ray = block.norm(x).view(B, N, C, h, w), block.ray(rays).view(B, N, C, h, w)
+    norm, ray, change = (a.view(B, N, C, h, w) for a in (
+        block.norm(x), block.ray(rays), block(x, rays, N) - x))
     for b in range(B):
         qkv = {}
         for f, i, j in np.ndindex(N, h, w):
@@ -271,15 +228,11 @@ def test_attention_by_hand():
             qkv[f, i, j] = q + ray[b, f, :, i, j], k + ray[b, f, :, i, j], v
         for (f, i, j), (q, _, _) in qkv.items():
             weight = torch.stack([q @ k / C**0.5 for _, k, _ in qkv.values()]).softmax(0)
-            out = block.out(sum(a * v for a, (_, _, v) in zip(weight, qkv.values())))
-            want = x.view_as(found)[b, f, :, i, j] + out
-            assert torch.allclose(found[b, f, :, i, j], want, atol=1e-4)
+            want = block.out(sum(a * v for a, (_, _, v) in zip(weight, qkv.values())))
+            assert torch.allclose(change[b, f, :, i, j], want, atol=1e-4)
 
 
-# ---- Optimiser, loss and sampler ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (8, 4, 3, 3)])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (8, 4, 3, 3)], ids=str)
 def test_muon(shape):
     """A step goes along the singular vectors of the momentum (U, V of its decomposition U S V^T),
     with all singular values near 1, times lr, and more for tall matrices; no gradient, no step."""
@@ -298,30 +251,15 @@ def test_muon(shape):
     assert (q == 1).all()
 
 
-def test_optimizers_share_the_parameters():
-    """Each has one; the first and the last layer, and all vectors, have Adam."""
-    model, args = network(), vd.parse_args(["--lr", "0.5", "--muon-lr", "0.25"])
-    muon, adam = vd.optimizers(model, args)
-    assert (muon.defaults["lr"], adam.defaults["lr"]) == (0.25, 0.5)
-    found = [p for opt in (muon, adam) for p in opt.param_groups[0]["params"]]
-    assert sorted(map(id, found)) == sorted(map(id, model.parameters()))
-    ours = {*map(id, adam.param_groups[0]["params"])}
-    for name, p in model.named_parameters():
-        assert (id(p) in ours) == (p.ndim == 1 or name in ("conv_in.weight", "conv_out.weight"))
-
-
-def test_given_frames():
-    """The first 0 to 4 of 8, and the last in a tenth of the clips."""
+def test_loss_by_hand():
+    """Given are the first 0 to 4 of 8 frames, and the last in a tenth of the clips. Given frames
+    are shown as they are, with t = 0, and do not count; clips count alike."""
     torch.manual_seed(0)
     given = vd.draw_given(8000, 8, "cpu")
-    count = given[:, :-1].sum(1)
     assert (given[:, :-1].int().diff(dim=1) <= 0).all()
-    assert torch.allclose(count.bincount() / 8000, torch.full((5,), 0.2), atol=0.02)
+    counts = given[:, :-1].sum(1).bincount() / 8000
+    assert torch.allclose(counts, torch.full((5,), 0.2), atol=0.02)
     assert given[:, -1].float().mean().item() == pytest.approx(0.1, abs=0.01)
-
-
-def test_loss_by_hand():
-    """Given frames are shown as they are, with t = 0, and do not count; clips count alike."""
     x0, eps, abar = torch.rand(2, 3, 1, 2, 2), torch.randn(2, 3, 1, 2, 2), vd.cosine_abar().float()
     t, a = torch.tensor([[0, 0, 500], [300, 300, 300]]), abar[500]
 
@@ -332,10 +270,6 @@ def test_loss_by_hand():
 
     loss = vd.video_loss(model, x0, "rays", t, eps, abar, False)
     assert loss.item() == pytest.approx((1 + (4 + 9 + 16) / 3) / 2, rel=1e-5)
-
-
-def options(steps, guidance=1.0):
-    return SimpleNamespace(sample_steps=steps, guidance=guidance, frames=4)
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -357,7 +291,8 @@ def test_sampler_on_gaussians(known):
 
     for steps in (7, 250):
         torch.manual_seed(steps)
-        found = vd.sample(model, x, clean, given, torch.zeros(1), options(steps))
+        args = SimpleNamespace(sample_steps=steps, guidance=1.0)
+        found = vd.sample(model, x, clean, given, torch.zeros(1), args)
         want, levels = x[:, 1], [abar[round(1000 * i / steps)] for i in range(steps, -1, -1)]
         for a, b in zip(levels, levels[1:]):
             x0 = estimate(want, a)
@@ -368,28 +303,24 @@ def test_sampler_on_gaussians(known):
     assert found[:, 1].std().item() == pytest.approx(var**0.5, rel=0.06)
 
 
-@pytest.mark.parametrize("w", [0.0, 1.0, 2.5])
-def test_guidance(w):
+def test_guidance():
     """x_0 is none + w (told - none), and none is told rays of zero."""
     model = lambda x, t, rays: torch.where(rays.any(), 0.3, 0.1) * torch.ones_like(x)
     x, given = torch.randn(2, 4, 1, 2, 2), torch.zeros(2, 4, dtype=torch.bool)
-    found = vd.sample(model, x, x, given, torch.ones(1), options(3, w))
-    assert torch.allclose(found, torch.full_like(x, 0.1 + w * 0.2), atol=1e-6)
+    for w in (0.0, 1.0, 2.5):
+        args = SimpleNamespace(sample_steps=3, guidance=w)
+        found = vd.sample(model, x, x, given, torch.ones(1), args)
+        assert torch.allclose(found, torch.full_like(x, 0.1 + w * 0.2), atol=1e-6)
 
 
-# ---- The program ---------------------------------------------------------------------------------
-
-
-@both_worlds
+@pytest.mark.parametrize("data", ["roll", "orbit"])
 def test_program(data, tmp_path):
     """What is written; given frames are real ones in the pictures, the others are drawn."""
     out = tmp_path / "out" / ("video_diffusion" if data == "roll" else "video_diffusion_orbit")
     call(vd, "--train", "--data", data, *SMALL, cwd=tmp_path)
-    for name in ["samples", "futures"] if data == "roll" else ["samples", "views", "circle", "withheld"]:
+    for name in ["samples", *(["futures"] if data == "roll" else ["views", "circle", "withheld"])]:
         assert (out / f"{name}.png").exists() and (out / f"{name}_film.png").exists()
-    assert np.load(out / "samples.npz")["arr_0"].shape == (3, 4, 16, 16, 3)
     args = vd.parse_args([], vd.load_checkpoint(out / "model.pt")["config"])
-    assert args.data == data and args.shape == [4, 3, 16, 16]
     rows = vd.generate(args, vd.build(args), 2, [4, 1, 0, 2]).view(2, 4, 4, 3, 16, 16)
     same = (rows == vd.load_clips(args, "test", 2)[0][:, None]).all(dim=(3, 4, 5))
     assert torch.equal(same, (torch.arange(4) < torch.tensor([[4], [1], [0], [2]])).expand(2, 4, 4))
