@@ -1,5 +1,5 @@
-"""The seven files lie one folder up; tests import them from there. Two threads, as on the machine
-the README speaks of."""
+"""The seven files lie one folder up; tests import them from there. One thread: tests are small, and
+test_lessons.py has processes beside them."""
 
 import sys
 from pathlib import Path

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ USE = {name: ["--sample"] for name in LESSONS} | {"fid": ["own.npz", "own.npz"]}
 each_lesson = pytest.mark.parametrize("name", LESSONS)
 each_sampler = pytest.mark.parametrize("name", [n for n in LESSONS if USE[n] == ["--sample"]])
 TRAIN = "--train --device cpu --steps"
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in these tests: other sums round otherwise
 
 
 def lesson(name):
@@ -67,11 +69,11 @@ def trained(folder):
     return folder / "whole"
 
 
-def start(name, folder, *more, **env):
+def start(name, folder, *more):
     """The lesson in a process of its own, run from folder."""
     return subprocess.Popen(
         [sys.executable, ROOT / f"{name}.py", *map(str, more)], cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **env})
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ONE_THREAD)
 
 
 def assert_equal(a, b):
@@ -163,15 +165,24 @@ def test_a_torn_write_leaves_the_old_checkpoint(trained, tmp_path, monkeypatch):
     assert (tmp_path / "model.pt").read_bytes() == whole
 
 
+@pytest.fixture(scope="module", autouse=True)
+def doubled(folder):
+    """A training of every sampler by two processes, one lesson at a time, beside the tests."""
+    with ThreadPoolExecutor(1) as pool:
+        yield {name: pool.submit(
+            subprocess.run, [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                             "--nproc_per_node=2", "--", ROOT / f"{name}.py",
+                             *flags(name, 4, "--out", f"two/{name}")],
+            cwd=folder, capture_output=True, text=True, env=ONE_THREAD)
+            for name in LESSONS if USE[name] == ["--sample"]}
+
+
 @each_sampler
-def test_two_processes_are_one(name, folder):
+def test_two_processes_are_one(name, folder, doubled):
     """torchrun with two gloo processes ends with the averaged gradients (Adam's first moments) of
     one process with the same global batch, to the rounding of bf16."""
     call(lesson(name), *flags(name, 4, "--out", f"one/{name}"), cwd=folder)
-    both = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
-         ROOT / f"{name}.py", *flags(name, 4, "--out", f"two/{name}")], cwd=folder,
-        capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    both = doubled[name].result(timeout=300)
     assert both.returncode == 0, both.stderr
     moments = []
     for out in ("one", "two"):

@@ -23,6 +23,13 @@ import video_geometry
 import video_motion
 
 
+@pytest.fixture(scope="module", autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 def load(lesson, name=None):
     """Flags and network of a pretrained checkpoint."""
     path = ROOT / f"pretrained/{name or lesson.NAME}.pt"
