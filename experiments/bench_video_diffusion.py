@@ -2,7 +2,7 @@
 
 Question   Training: clips per second of one step (forward, backward, clip, optimiser, EMA; ours has
            Muon, the peer Adam). Sampling: milliseconds per clip and sampling step; the peer needs
-           its 1,000 steps, ours 20. Both networks have about 1.1 million parameters.
+           its 1,000 steps, ours 20. Both networks have about 1.2 million parameters.
 Run        pip install video-diffusion-pytorch                   it brings torchvision with it
            python experiments/bench_video_diffusion.py           without the peer: ours alone
 
@@ -40,7 +40,7 @@ def ours(args, x):
 def from_lucidrains(args, x):
     from video_diffusion_pytorch import GaussianDiffusion, Unet3D
 
-    model = Unet3D(dim=26, dim_mults=(1, 2, 4), attn_heads=4).to(args.device)
+    model = Unet3D(dim=20, dim_mults=(1, 2, 4), attn_heads=4).to(args.device)
     diffusion = GaussianDiffusion(model, image_size=args.height, num_frames=x.shape[1],
                                   timesteps=1000, loss_type="l2").to(args.device)
     clips = x.transpose(1, 2)  # (B, C, F, H, W)
