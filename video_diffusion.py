@@ -18,8 +18,8 @@ Equations  add noise   x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; a given fr
            collision   equal masses exchange their velocities along the line of centres
 Notation   x (B, F, C, H, W) clips of F frames in [-1, 1]; t (B, F) time of each frame, 0..T;
            given (B, F) bool; K (B, F, 3, 3) intrinsics; pose (B, F, 3, 4) camera to world, [R | c]:
-           its columns are right, down, forward and the centre; rays (B, F, 34, h, w) what the
-           network is told of the camera, for each of h x w patches
+           its columns are right, down, forward and the centre; rays (B, F, 34, h, w) the camera as
+           input of the network: 34 numbers for each of h x w patches
 Papers     Ho et al. 2022 (Video diffusion models); Watson et al. 2023 (3DiM: new views, clean given
            frames); Guo et al. 2024 (AnimateDiff: zero-initialised layers over time); Song et al.
            2021 (DDIM); Ho & Salimans 2022 (guidance); Levoy & Hanrahan 1996 (a ray by its crossings
@@ -108,7 +108,7 @@ def pixel_rays(K, pose, H, W, scale=1.0):
 
 
 def camera_rays(K, pose, H, W, patch):
-    """What the network is told of the ray through the middle of each patch of H x W pixels,
+    """The network's input for the ray through the middle of each patch of H x W pixels,
     (B, F, 34, h, w): its Pluecker coordinates, and the (x, y) where it crosses two horizontal
     planes. Rays through one point of such a plane have the same (x, y) there, in all views: easy to
     match. Lengths are in units of the first camera's distance."""
@@ -572,8 +572,7 @@ def train(args, ckpt=None):
         index = torch.randint(len(clips), (B,), device=device)
         u = torch.arange(B * frames, device=device).view(B, frames) / (B * frames)
         u = (u + torch.rand((), device=device)) % 1  # evenly spread over the batch
-        # Much noise: with little, a frame shows its neighbours where things are, and how they move
-        # is not learned.
+        # With little noise every frame shows where things are: motion is learned from much noise.
         t = (T * u**args.noise_power).ceil().long().clamp(min=1)
         if not pictures:  # one t for all frames of a clip, and 0 for those that are given
             t = torch.where(draw_given(B, frames, device), 0, t[:, :1])
@@ -616,8 +615,8 @@ def generate(args, model, num, counts):
     noise = torch.randn(clips.shape)  # drawn on the CPU: the same for every device
     parts = zip(*(a.to(args.device).split(50) for a in (noise, clips, given, rays)))
     with autocast(args):
-        return torch.cat([to_uint8(sample(model, x, to_float(clean), keep, told, args)).cpu()
-                          for x, clean, keep, told in parts])
+        return torch.cat([to_uint8(sample(model, x, to_float(clean), keep, ray, args)).cpu()
+                          for x, clean, keep, ray in parts])
 
 
 def save_clips(path, clips, cols):

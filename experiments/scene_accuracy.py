@@ -5,8 +5,7 @@ Question   Of 1,000 scenes of two digits, in how many does a judge read the capt
            both colours, their relation, and nothing else?
 Run        python experiments/scene_accuracy.py dalle_mini                     or latent_diffusion
            python experiments/scene_accuracy.py dalle_mini --model out/x/model.pt --guidance 4
-           python experiments/scene_accuracy.py dalle_mini --train               the judge, first
-Writes     with --train: pretrained/scene_judge.pt
+           python experiments/scene_accuracy.py dalle_mini --train      pretrained/scene_judge.pt
 
 A judge has to know what it judges: this one is trained on real scenes with all 80 pairs of digit
 and colour. The rows of real scenes tell how well it reads, and what the first stage lets through.

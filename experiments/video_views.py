@@ -1,4 +1,4 @@
-"""Where a network that is told its cameras looks, and what it draws between two pictures.
+"""Where a network with cameras as input looks, and what it draws between two pictures.
 
 Slide      Generative models + geometry: "take camera parameters as input!"
 Question   A point of the first view lies on one line in every other view, the epipolar line. Do the

@@ -120,10 +120,10 @@ def test_the_judge_knows_what_it_judges():
 
 @pytest.mark.parametrize("lesson", [dalle_mini, latent_diffusion], ids=lambda m: m.NAME)
 def test_scenes_are_what_the_caption_asks_for(lesson):
-    """All of 200 scenes, within chance of docs/results.md; and the first stage can show them."""
+    """All of 100 scenes, within chance of docs/results.md; and the first stage can show them."""
     (args, model), judge = load(lesson), scene_accuracy.load_judge(lesson)
     for pairs in ("seen", "held-out"):
-        images, texts, facts = lesson.load_scenes(200, "test", pairs, args, single=0)
+        images, texts, facts = lesson.load_scenes(100, "test", pairs, args, single=0)
         with torch.no_grad():
             back = lesson.to_uint8(model.autoencoder.reconstruct(lesson.to_float(images)))
         assert share_right(judge, back, facts) >= 0.9

@@ -304,7 +304,7 @@ def test_sampler_on_gaussians(known):
 
 
 def test_guidance():
-    """x_0 is none + w (told - none), and none is told rays of zero."""
+    """x_0 is without + w (with - without) the camera; rays of zero stand for no camera."""
     model = lambda x, t, rays: torch.where(rays.any(), 0.3, 0.1) * torch.ones_like(x)
     x, given = torch.randn(2, 4, 1, 2, 2), torch.zeros(2, 4, dtype=torch.bool)
     for w in (0.0, 1.0, 2.5):
