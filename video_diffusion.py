@@ -11,7 +11,7 @@ Slides     Video diffusion models; Shadows don't lie and lines can't bend!; Gene
 Equations  add noise   x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; a given frame has t = 0
            loss        ||f(x_t, t, rays) - x_0||^2 over the frames that are not given
            sampling    x_T ~ N(0, I); estimate x_0 = f(x_t, t, rays); step to a smaller t; repeat
-           guidance    f(x_t, t, 0) + w (f(x_t, t, rays) - f(x_t, t, 0))
+           guidance    f1 + w (f(x_t, t, rays) - f1), where f1 sees every frame by itself
            camera      a point X of the world is seen at the pixel (u, v, 1) ~ K R^T (X - c); the
                        ray of a pixel is c + s d, d = R K^-1 (u, v, 1), for s > 0
            Pluecker    (d, c x d): the same for every point c of the ray
@@ -21,10 +21,9 @@ Notation   x (B, F, C, H, W) clips of F frames in [-1, 1]; t (B, F) time of each
            its columns are right, down, forward and the centre; rays (B, F, 34, h, w) the camera as
            input of the network: 34 numbers for each of h x w patches
 Papers     Ho et al. 2022 (Video diffusion models); Watson et al. 2023 (3DiM: new views, clean given
-           frames); Guo et al. 2024 (AnimateDiff: zero-initialised layers over time); Song et al.
-           2021 (DDIM); Ho & Salimans 2022 (guidance); Levoy & Hanrahan 1996 (a ray by its crossings
-           of two planes); Sarkar et al. 2024 (Shadows don't lie and lines can't bend!); Jordan et
-           al. 2024 (Muon)
+           frames); Guo et al. 2024 (AnimateDiff: zero-initialised layers over time); Ho & Salimans
+           2022 (guidance); Levoy & Hanrahan 1996 (a ray by its crossings of two planes); Sarkar et
+           al. 2024 (Shadows don't lie and lines can't bend!); Jordan et al. 2024 (Muon)
 """
 import argparse
 import copy
@@ -61,10 +60,9 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "batch_size": (8, 64, "clips per step, over all GPUs"),
     "lr": (3e-3, 5e-4, "peak learning rate of Adam, for vectors"),
     "muon_lr": (0.03, 0.03, "peak learning rate of Muon, for matrices"),
-    "noise_power": (0.2, 0.2, "p: t = T u^p, u uniform in 0..1; below 1: more noise"),
     "every": (500, 2000, "steps between checkpoints"),
     "sample_steps": (20, 20, "number of sampling steps, at most T"),
-    "guidance": (1.0, 1.0, "w: how far to follow the camera; 1 is off"),
+    "guidance": (1.5, 1.5, "w: how far frames follow one another; 1: as trained, 0: not at all"),
 }
 T = 1000  # noise levels
 RAYS = 34  # channels of camera_rays
@@ -461,20 +459,23 @@ def draw_given(B, frames, device):
 
 def video_loss(model, x0, rays, t, eps, abar, pictures):
     """Squared error of the estimate of x_0 (B, F, C, H, W), per clip the mean over the frames that
-    are not given, those with t > 0."""
+    are not given, those with t > 0. The less noise, the finer what is still to be learned: the
+    weight is the signal-to-noise ratio, within 1 to 5 (Hang et al. 2023, with a floor)."""
     a_t = abar[t][:, :, None, None, None]
     out = model(q_sample(x0, eps, a_t), t, rays, pictures)
-    error = (out - x0).square().mean(dim=(2, 3, 4))  # (B, F)
+    error = ((a_t / (1 - a_t)).clamp(1, 5) * (out - x0).square()).mean(dim=(2, 3, 4))  # (B, F)
     return ((error * (t > 0)).sum(1) / (t > 0).sum(1).clamp(min=1)).mean()
 
 
 # ---- 6. Sampler (slide Sampling a diffusion model) -----------------------------------------------
 
 
-def ddim_step(xt, x0, a_t, a_s):
-    """Deterministic (DDIM Eq. 12): the same noise, at the lower level of s."""
-    eps = (xt - a_t**0.5 * x0) / (1 - a_t) ** 0.5
-    return a_s**0.5 * x0 + (1 - a_s) ** 0.5 * eps
+def ancestral_step(xt, x0, a_t, a_s, z):
+    """A draw from q(x_s | x_t, x_0) (DDPM Eq. 6 and 7), z ~ N(0, I). Each step's fresh noise lets
+    the next correct its errors; with DDIM's, spheres fade."""
+    beta = 1 - a_t / a_s
+    mean = (a_s**0.5 * beta * x0 + (a_t / a_s) ** 0.5 * (1 - a_s) * xt) / (1 - a_t)
+    return mean + (beta * (1 - a_s) / (1 - a_t)) ** 0.5 * z
 
 
 @torch.no_grad()
@@ -487,10 +488,10 @@ def sample(model, x, clean, given, rays, args):
         x = torch.where(keep, clean, x)
         tt = torch.where(given, 0, t)
         x0 = model(x, tt, rays)
-        if args.guidance != 1:  # go further in the direction in which the camera changes the output
-            withheld = model(x, tt, torch.zeros_like(rays))
-            x0 = withheld + args.guidance * (x0 - withheld)
-        x = ddim_step(x, x0.clamp(-1, 1), abar[t], abar[s])
+        if args.guidance != 1:  # go further in the direction in which the other frames change it
+            alone = model(x, tt, rays, pictures=True)
+            x0 = alone + args.guidance * (x0 - alone)
+        x = ancestral_step(x, x0.clamp(-1, 1), abar[t], abar[s], torch.randn_like(x))
     return torch.where(keep, clean, x)
 
 
@@ -499,7 +500,7 @@ def sample(model, x, clean, given, rays, args):
 
 class Muon(torch.optim.Optimizer):
     """Momentum as a matrix (out, rest) with all singular values made about 1: rare directions learn
-    as fast as strong ones (Jordan et al. 2024)."""
+    as fast as strong ones (Jordan et al. 2024). Weight decay keeps those of the weights small."""
 
     def __init__(self, params, lr):
         super().__init__(params, dict(lr=lr))
@@ -515,6 +516,7 @@ class Muon(torch.optim.Optimizer):
                 for _ in range(5):  # Newton-Schulz: a polynomial of the singular values
                     a = x @ x.mT
                     x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
+                p.mul_(1 - 0.3 * group["lr"])
                 p.sub_(x.view_as(p), alpha=group["lr"] * max(1, len(x) / x.shape[1]) ** 0.5)
 
 
@@ -572,15 +574,17 @@ def train(args, ckpt=None):
         index = torch.randint(len(clips), (B,), device=device)
         u = torch.arange(B * frames, device=device).view(B, frames) / (B * frames)
         u = (u + torch.rand((), device=device)) % 1  # evenly spread over the batch
-        # With little noise every frame shows where things are: motion is learned from much noise.
-        t = (T * u**args.noise_power).ceil().long().clamp(min=1)
+        # With little noise every frame shows where things are: motion is learned from much noise,
+        # from which every second clip is drawn.
+        u[::2] = u[::2] ** 0.2
+        t = (T * u).ceil().long().clamp(min=1)
         if not pictures:  # one t for all frames of a clip, and 0 for those that are given
             t = torch.where(draw_given(B, frames, device), 0, t[:, :1])
         eps = torch.randn(B, *args.shape, device=device)
         drop = torch.rand(B, 1, 1, 1, 1, device=device)
         index, t, eps, drop = (a[RANK::WORLD] for a in (index, t, eps, drop))
         rays = camera_rays(K[index], pose[index], *args.shape[2:], args.patch)
-        rays = rays * (drop > 0.1)  # 10 % withheld, which guidance needs
+        rays = rays * (drop > 0.1)  # 10 % withheld, to show what the camera is good for
         for opt in opts:  # warm up for 100 steps, then down to almost 0
             opt.param_groups[0]["lr"] = (opt.defaults["lr"] * min(1, step / 100)
                                          * (1 - (step - 1) / args.steps))
@@ -605,11 +609,11 @@ def train(args, ckpt=None):
 # ---- 8. Sampling from a trained model ------------------------------------------------------------
 
 
-def generate(args, model, num, counts):
+def generate(args, model, num, counts, camera=1.0):
     """Of each of num test clips a row per count: its first count frames are given, the others are
-    drawn. Clips (num len(counts), F, C, H, W) uint8."""
+    drawn; camera 0 withholds the rays. Clips (num len(counts), F, C, H, W) uint8."""
     clips, K, pose = (a.repeat_interleave(len(counts), 0) for a in load_clips(args, "test", num))
-    rays = camera_rays(K, pose, *args.shape[2:], args.patch)
+    rays = camera * camera_rays(K, pose, *args.shape[2:], args.patch)
     given = torch.arange(args.shape[0]) < torch.tensor(counts).repeat(num)[:, None]
     torch.manual_seed(args.seed)
     noise = torch.randn(clips.shape)  # drawn on the CPU: the same for every device
@@ -636,10 +640,10 @@ def save_samples(args, model):
     say(f"{args.num} clips in {time.time() - start:.1f} s: {path} and {out}/samples.png")
     save_clips(out / "samples", clips[:10], 5)
     if args.data == "orbit":  # rows: real, drawn from the first view; all around; blindly
-        for name, changes in (("views", {}), ("circle", {"data": "circle"}),
-                              ("withheld", {"data": "circle", "guidance": 0.0})):
-            changed = argparse.Namespace(**vars(args) | changes)
-            save_clips(out / name, generate(changed, model, 5, [frames, 1]), 2)
+        for name, data, camera in (("views", "orbit", 1), ("circle", "circle", 1),
+                                   ("withheld", "circle", 0)):
+            changed = argparse.Namespace(**vars(args) | {"data": data})
+            save_clips(out / name, generate(changed, model, 5, [frames, 1], camera), 2)
     else:  # rows: real, three futures of the first frame, the continuation of the first two
         save_clips(out / "futures", generate(args, model, 3, [frames, 1, 1, 1, 2]), 5)
 

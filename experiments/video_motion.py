@@ -67,26 +67,27 @@ def to_table(at, K, pose, height=0.31):
     return (eye + (height - eye[..., 2:]) / ray[..., 2:] * ray)[..., :2].clamp(-1.2, 1.2)
 
 
-def fit_law(at, there, K, pose, steps=40):
+def fit_law(at, there, K, pose, steps=50, tries=100):
     """Mean distance in pixels (N,) from the nearest path that the law allows, for spheres at
-    (N, F, 2, 2) where there (N, F, 2). Paths start where the first two frames say, at rest or with
-    half or all of the velocity that they say, and are improved by Adam; the best counts."""
-    radius, best = torch.full((len(at), 2), 0.31), torch.full((len(at),), torch.inf)
-    first, second = (to_table(at[:, f], K[:, f], pose[:, f]) for f in (0, 1))
-    for speed in (0.0, 0.5, 1.0):
-        p = first.clone().requires_grad_()
-        v = (speed * (second - first)).clamp(-0.3, 0.3).requires_grad_()
-        opt = torch.optim.Adam([p, v], 0.02)
-        for step in range(steps):
-            opt.param_groups[0]["lr"] = 0.02 * (1 - step / steps)
-            off = seen_path(p, v, radius, at.shape[1], K, pose) - at
-            off = off.square().sum(-1).add(1e-6).sqrt()
-            error = (off * there).sum(dim=(1, 2)) / there.sum(dim=(1, 2)).clamp(min=1)
-            best = torch.minimum(best, error.detach())
-            opt.zero_grad()
-            error.sum().backward()
-            opt.step()
-    return best
+    (N, F, 2, 2) where there (N, F, 2). Random search, for bounces have no gradient: it starts at
+    the place and the velocity that the first two frames say; every step keeps the best of many
+    changes of place, velocity and radius, ever smaller ones."""
+    N, frames = at.shape[:2]
+    first, second = (to_table(at[:, f], K[:, f], pose[:, f]).flatten(1) for f in (0, 1))
+    best = torch.cat([first, (second - first).clamp(-0.3, 0.3), torch.full((N, 2), 0.31)], dim=1)
+    size = torch.tensor([0.1] * 8 + [0.02] * 2)
+    K, pose = (a.repeat_interleave(tries, 0) for a in (K, pose))
+    rng = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        new = best[:, None] + size * 0.9**step * torch.randn(N, tries, 10, generator=rng)
+        new[:, 0] = best
+        p, v, radius = new.flatten(0, 1).unflatten(1, (5, 2)).split([2, 2, 1], dim=1)
+        path = seen_path(p, v, radius[:, 0].clamp(0.26, 0.36), frames, K, pose)
+        away = (path.unflatten(0, (N, tries)) - at[:, None]).norm(dim=-1) * there[:, None]
+        error = away.sum(dim=(2, 3)) / there.sum(dim=(1, 2)).clamp(min=1)[:, None]
+        error, index = error.min(dim=1)
+        best = new[torch.arange(N), index]
+    return error
 
 
 def spread_of(at, there):
@@ -98,11 +99,6 @@ def spread_of(at, there):
             both.append(there[:, i] & there[:, j])
     distance, both = torch.stack(distance), torch.stack(both)
     return ((distance * both).sum() / both.sum().clamp(min=1)).item()
-
-
-def alone(model):
-    """The same network, but that frames do not see one another."""
-    return lambda x, t, rays: model(x, t, rays, pictures=True)
 
 
 def main(argv=None):
@@ -122,7 +118,8 @@ def main(argv=None):
     for given in (0, 1, 2):  # three futures of every clip; from nothing, one
         many = [given] * (3 if given else 1)
         rows[f"drawn, {given} frames given"] = vd.generate(args, model, a.num, many), len(many)
-    rows["drawn, 2 given, frames not joined"] = vd.generate(args, alone(model), a.num, [2]), 1
+    alone = argparse.Namespace(**vars(args) | {"guidance": 0.0})  # frames do not see one another
+    rows["drawn, 2 given, frames not joined"] = vd.generate(alone, model, a.num, [2]), 1
     rows["noise"] = torch.randint(256, real.shape, dtype=torch.uint8), 1
     print("| clips | both spheres there | to the law | to the truth | spread of 3 futures |\n"
           "| --- | --- | --- | --- | --- |")

@@ -33,9 +33,9 @@ def test_motion():
     assert video_motion.find(torch.randint_like(clips, 256))[1].float().mean() < 0.15
     p = video_motion.to_table(seen[:, 0, :1], K[:, 0], pose[:, 0], scenes.radius[:, :1, None])
     assert torch.allclose(p, scenes.centre[:, 0, :1, :2], atol=1e-4)
-    good, mixed = (video_motion.fit_law(x, torch.ones_like(there), K, pose, 30)
+    good, mixed = (video_motion.fit_law(x, torch.ones_like(there), K, pose)
                    for x in (seen, seen[:, [0, 5, 2, 7, 1, 6, 3, 4]]))
-    assert good.median() < 0.5 and mixed.median() > 1.5 and (mixed > 2 * good).sum() > 6
+    assert good.median() < 0.1 and good.max() < 0.5 and mixed.min() > 1.5
     three = torch.arange(3.0).view(1, 3, 1, 1, 1) * torch.tensor([1.0, 0])  # 1, 1 and 2 apart
     there = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool().view(2, 1, 3, 1, 1)
     assert [video_motion.spread_of(three, x) for x in there] == pytest.approx([4 / 3, 1])
