@@ -3,7 +3,7 @@
 Slide      FID: "fit Gaussians to each set", from however many images there are
 Question   How large is the bias of d_F at N images? There is a closed form for Gaussian features,
            to first order in 1/N. Does it hold in a simulation, and for real digits?
-Run        python experiments/fid_bias.py                        a minute or two
+Run        python experiments/fid_bias.py                        22 s
 Writes     out/fid_bias/bias.png
 
 With s_i the singular values of S_r^(1/2) S_g^(1/2), and n_r, n_g images, the bias is

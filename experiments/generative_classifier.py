@@ -2,7 +2,7 @@
 
 Slides     Discriminative vs. Generative; Recall: Bayes' Rule
 Question   By Bayes' rule, p(y | x) is proportional to p(x | y). pretrained/pixelcnn.pt spends some
-           640 bits on the pixels of a digit, of which the class is at most log2(10) = 3.3:
+           670 bits on the pixels of a digit, of which the class is at most log2(10) = 3.3:
            maximum likelihood hardly notices whether these 3.3 are right. How much density does a
            good classifier cost?
 Method     Fine-tune on  bits/dim + weight * softplus(log p(x | wrong) - log p(x | right)),  with
