@@ -1,29 +1,32 @@
-"""Video diffusion: a 2-D U-Net shared by all frames, joined in time. Two spheres roll, bounce and
-collide on a table; or they stand still and the camera moves.
+"""Video diffusion: one 2-D U-Net for all frames, which exchange information over time. Two spheres
+roll, bounce and collide on a table; or they stand still and the camera moves.
 
     python video_diffusion.py --train                     rolling spheres, in minutes on a laptop
     python video_diffusion.py --sample                    clips, three futures of one frame
     python video_diffusion.py --train --data orbit        new views of a scene from one picture
-    torchrun --nproc_per_node=8 video_diffusion.py --train --size base --data clips.npz
+    torchrun --nproc_per_node=8 video_diffusion.py --train --size base --data clips.npz --out own
 
 Slides     Video diffusion models; Shadows don't lie and lines can't bend!; Generative models +
            geometry
 Equations  add noise   x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; a given frame has t = 0
-           loss        ||f(x_t, t, rays) - x_0||^2 over the frames that are not given
+           loss        g_t ||f(x_t, t, rays) - x_0||^2 over the frames that are not given, with
+                       g_t = abar_t / (1 - abar_t), but at least 1 and at most 5
            sampling    x_T ~ N(0, I); estimate x_0 = f(x_t, t, rays); step to a smaller t; repeat
-           guidance    f1 + w (f(x_t, t, rays) - f1), where f1 sees every frame by itself
+           guidance    f1 + w (f(x_t, t, rays) - f1), where f1 sees each frame by itself
            camera      a point X of the world is seen at the pixel (u, v, 1) ~ K R^T (X - c); the
                        ray of a pixel is c + s d, d = R K^-1 (u, v, 1), for s > 0
            Pluecker    (d, c x d): the same for every point c of the ray
            collision   equal masses exchange their velocities along the line of centres
-Notation   x (B, F, C, H, W) clips of F frames in [-1, 1]; t (B, F) time of each frame, 0..T;
-           given (B, F) bool; K (B, F, 3, 3) intrinsics; pose (B, F, 3, 4) camera to world, [R | c]:
-           its columns are right, down, forward and the centre; rays (B, F, 34, h, w) the camera as
-           input of the network: 34 numbers for each of h x w patches
+Notation   x (B, F, C, H, W) clips of F frames in [-1, 1]; t (B, F) time of each frame, 0..T; abar
+           (T + 1,), a_t is abar[t]: share of signal in the variance; given (B, F) bool; K (B, F, 3,
+           3) intrinsics; pose (B, F, 3, 4) camera to world, [R | c]: its columns are right, down,
+           forward and the centre; rays (B, F, 34, h, w) the camera as input of the network: 34
+           numbers for each of h x w patches
 Papers     Ho et al. 2022 (Video diffusion models); Watson et al. 2023 (3DiM: new views, clean given
            frames); Guo et al. 2024 (AnimateDiff: zero-initialised layers over time); Ho & Salimans
-           2022 (guidance); Levoy & Hanrahan 1996 (a ray by its crossings of two planes); Sarkar et
-           al. 2024 (Shadows don't lie and lines can't bend!); Jordan et al. 2024 (Muon)
+           2022 (guidance); Hang et al. 2023 (weight of the loss); Nichol & Dhariwal 2021 (cosine
+           schedule); Levoy & Hanrahan 1996 (a ray by its crossings of two planes); Sarkar et al.
+           2024 (Shadows don't lie and lines can't bend!); Jordan et al. 2024 (Muon)
 """
 import argparse
 import copy
@@ -48,8 +51,8 @@ from tqdm import tqdm
 SIZES = ("small", "base")
 HPARAMS = {  # each row is a flag; --size picks the column
     "scenes": (6000, 50_000, "clips rendered for training"),
-    "frames": (8, 16, "per clip"),
-    "height": (32, 64, "of the square frames"),
+    "frames": (8, 16, "per rendered clip"),
+    "height": (32, 64, "side of the rendered frames in pixels"),
     "patch": (4, 4, "fold patch x patch pixels into channels"),
     "width": (64, 128, "channels of the first level"),
     "mults": ([1], [1, 2], "channels of each level, in units of width; [1]: one level"),
@@ -58,11 +61,11 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "picture_steps": (300, 5000, "first steps, on single pictures"),
     "steps": (3600, 70_000, "training steps"),
     "batch_size": (8, 64, "clips per step, over all GPUs"),
-    "lr": (3e-3, 5e-4, "peak learning rate of Adam, for vectors"),
-    "muon_lr": (0.03, 0.03, "peak learning rate of Muon, for matrices"),
+    "lr": (3e-3, 5e-4, "peak learning rate of Adam: vectors, first and last layer"),
+    "muon_lr": (0.03, 0.03, "peak learning rate of Muon: all other matrices"),
     "every": (500, 2000, "steps between checkpoints"),
     "sample_steps": (20, 20, "number of sampling steps, at most T"),
-    "guidance": (1.5, 1.5, "w: how far frames follow one another; 1: as trained, 0: not at all"),
+    "guidance": (1.5, 1.5, "w: how strongly frames follow one another; 1: as trained"),
 }
 T = 1000  # noise levels
 RAYS = 34  # channels of camera_rays
@@ -106,15 +109,16 @@ def pixel_rays(K, pose, H, W, scale=1.0):
 
 
 def camera_rays(K, pose, H, W, patch):
-    """The network's input for the ray through the middle of each patch of H x W pixels,
-    (B, F, 34, h, w): its Pluecker coordinates, and the (x, y) where it crosses two horizontal
-    planes. Rays through one point of such a plane have the same (x, y) there, in all views: easy to
-    match. Lengths are in units of the first camera's distance."""
+    """The camera as input, (B, F, 34, h, w). For the ray through the middle of each patch of a
+    picture of H x W pixels: its Pluecker coordinates (6), the (x, y) where it crosses two
+    horizontal planes (4), and sines and cosines of these (24). Rays that meet on such a plane have
+    the same (x, y) there, in all views: easy to match. Lengths, also the planes' heights, are in
+    units of the first camera's distance."""
     centre = pose[..., 3] / pose[:, :1, :, 3].norm(dim=-1, keepdim=True)  # (B, F, 3)
     d = pixel_rays(K, pose, H // patch, W // patch, 1 / patch)  # (B, F, h, w, 3)
     c = centre[:, :, None, None].expand_as(d)
     plucker = torch.cat([d, torch.linalg.cross(c, d)], dim=-1).movedim(-1, 2)
-    slope = d[..., 2:].clamp(max=-0.1)  # a ray that does not point down gets a far point
+    slope = d[..., 2:].clamp(max=-0.1)  # a ray that is level or points up gets a far point
     planes = [c[..., :2] + (z - c[..., 2:]) / slope * d[..., :2] for z in (0.0, 0.15)]
     planes = torch.cat(planes, dim=-1).clamp(-2, 2).movedim(-1, 2)  # (B, F, 4, h, w)
     angle = torch.cat([math.pi * 2**i * planes for i in range(3)], dim=2)
@@ -138,7 +142,7 @@ class Scenes(NamedTuple):
     turn: torch.Tensor  # (n,) angle of the table in radians
 
 
-def nearest_sphere(centre, radius, o, d):
+def sphere_distances(centre, radius, o, d):
     """Distance (n, F, P, 2) to each sphere along the rays o + s d, inf where it is missed; centre
     (n, F, 2, 3), radius (n, 2), o and d (n, F, P, 3)."""
     # |o + s d - c|^2 = r^2:  s = -b - sqrt(b^2 - q),  b = d . (o - c),  q = |o - c|^2 - r^2
@@ -161,12 +165,12 @@ def trace_rays(scenes, K, pose, H, W, fine=2):
     tx = cos * at[..., 0] + sin * at[..., 1]  # in the table's own axes
     ty = cos * at[..., 1] - sin * at[..., 0]
     s = torch.where((tx.abs() <= TABLE) & (ty.abs() <= TABLE), s, math.inf)
-    s = torch.cat([nearest_sphere(scenes.centre, scenes.radius, o, d), s[..., None]], dim=-1)
+    s = torch.cat([sphere_distances(scenes.centre, scenes.radius, o, d), s[..., None]], dim=-1)
     s, which = s.min(dim=-1)  # (n, F, P)
     point = o + s.nan_to_num(posinf=0)[..., None] * d
     # the sun's light comes along a straight line, unless a sphere is in the way
     sun = scenes.sun[:, None, None].expand_as(d)
-    lit = nearest_sphere(scenes.centre, scenes.radius, point, sun).isinf().all(dim=-1)
+    lit = sphere_distances(scenes.centre, scenes.radius, point, sun).isinf().all(dim=-1)
     second = (which == 1)[..., None]
     centre = torch.where(second, scenes.centre[:, :, None, 1], scenes.centre[:, :, None, 0])
     colour = torch.where(second, scenes.colour[:, None, None, 1], scenes.colour[:, None, None, 0])
@@ -205,8 +209,8 @@ def roll(p, v, radius, frames, fine=8):
 
 def fixed_camera(n, frames, size):
     """The camera of the rolling spheres, K (n, F, 3, 3) and pose (n, F, 3, 4): high above them."""
-    return orbit(torch.full((n, frames), 15.0), *(torch.full((n,), a) for a in (55.0, 3.5, 42.0)),
-                 size)
+    a, e, distance, view = (torch.full((n,), x) for x in (15.0, 55.0, 3.5, 42.0))
+    return orbit(a[:, None].expand(-1, frames), e, distance, view, size)
 
 
 def random_world(data, n, frames, size, rng):
@@ -262,6 +266,8 @@ def load_clips(args, split, num):
     """Clips (N, F, C, H, W) uint8, K (N, F, 3, 3) and pose (N, F, 3, 4); split is train or test. An
     .npz file has its own number of clips to train on, and no cameras: all get that of roll."""
     if args.data in ("roll", "orbit", "circle"):
+        if args.height % args.patch:
+            die(f"--height {args.height} must be divisible by --patch {args.patch}")
         if split == "train":
             say(f"rendering {num:,} clips")
         rng = np.random.default_rng([args.seed, split == "test"])
@@ -273,6 +279,8 @@ def load_clips(args, split, num):
             clips = file["clips"].astype(np.uint8, casting="safe").transpose(0, 1, 4, 2, 3)
         if clips.shape[3] % args.patch or clips.shape[4] % args.patch:
             raise ValueError(f"H and W must be divisible by --patch {args.patch}")
+        if len(clips) < 2 or clips.shape[2] not in (1, 3):
+            raise ValueError(f"found {len(clips)} clips of {clips.shape[2]} channels")
         part = (np.arange(len(clips)) % 10 == 0) == (split == "test")  # a tenth for testing
         clips = torch.from_numpy(clips[part].copy())
     except Exception as e:
@@ -375,7 +383,8 @@ class FrameBlock(nn.Module):
             h = F.silu(self.norm3(x)).flatten(2).unflatten(0, (-1, frames)).transpose(1, 2)
             h = self.conv3(h)  # (B, C_out, F, h w)
             x = x + h.transpose(1, 2).reshape(x.shape)
-            x = self.attention(x, rays, frames) if self.attention else x
+            if self.attention:
+                x = self.attention(x, rays, frames)
         return x
 
 
@@ -471,18 +480,18 @@ def video_loss(model, x0, rays, t, eps, abar, pictures):
 
 
 def ancestral_step(xt, x0, a_t, a_s, z):
-    """A draw from q(x_s | x_t, x_0) (DDPM Eq. 6 and 7), z ~ N(0, I). Each step's fresh noise lets
-    the next correct its errors; with DDIM's, spheres fade."""
+    """A draw from q(x_s | x_t, x_0) (DDPM Eq. 6 and 7), z ~ N(0, I). The fresh noise of each step
+    lets the next one correct errors. DDIM adds none, and spheres fade."""
     beta = 1 - a_t / a_s
     mean = (a_s**0.5 * beta * x0 + (a_t / a_s) ** 0.5 * (1 - a_s) * xt) / (1 - a_t)
     return mean + (beta * (1 - a_s) / (1 - a_t)) ** 0.5 * z
 
 
 @torch.no_grad()
-def sample(model, x, clean, given, rays, args):
-    """Turn noise x (B, F, C, H, W) into clips; given (B, F) frames are those of clean, at t = 0."""
+def sample(model, clean, given, rays, args):
+    """Clips (B, F, C, H, W) from noise; given (B, F) frames are those of clean, at t = 0."""
     abar = cosine_abar().tolist()
-    keep = given[:, :, None, None, None]
+    keep, x = given[:, :, None, None, None], torch.randn_like(clean)
     times = [round(T * i / args.sample_steps) for i in range(args.sample_steps, -1, -1)]
     for t, s in zip(times, times[1:]):
         x = torch.where(keep, clean, x)
@@ -500,7 +509,7 @@ def sample(model, x, clean, given, rays, args):
 
 class Muon(torch.optim.Optimizer):
     """Momentum as a matrix (out, rest) with all singular values made about 1: rare directions learn
-    as fast as strong ones (Jordan et al. 2024). Weight decay keeps those of the weights small."""
+    as fast as strong ones (Jordan et al. 2024). Weight decay keeps the weights small."""
 
     def __init__(self, params, lr):
         super().__init__(params, dict(lr=lr))
@@ -513,7 +522,7 @@ class Muon(torch.optim.Optimizer):
                 m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
                 m.lerp_(p.grad, 0.05)
                 x = F.normalize(p.grad.lerp(m, 0.95).flatten(1), dim=(0, 1))
-                for _ in range(5):  # Newton-Schulz: a polynomial of the singular values
+                for _ in range(5):  # Newton-Schulz: a polynomial that takes them to about 1
                     a = x @ x.mT
                     x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
                 p.mul_(1 - 0.3 * group["lr"])
@@ -543,7 +552,7 @@ def ema_update(ema, model, step):
 def train(args, ckpt=None):
     """Train, from scratch or from a checkpoint, and return the averaged model."""
     clips, K, pose = load_clips(args, "train", args.scenes)
-    args.shape = list(clips.shape[1:])
+    args.frames, args.shape = clips.shape[1], list(clips.shape[1:])
     torch.manual_seed(args.seed)
     model = build(args)
     ema = copy.deepcopy(model).requires_grad_(False).eval()  # averaged weights: better samples
@@ -559,11 +568,10 @@ def train(args, ckpt=None):
         f"{len(clips):,} clips of {args.data}, {args.steps:,} steps of {args.batch_size}")
     if args.compile:
         model.compile()
-    net = model
-    if WORLD > 1:  # what joins frames gets no gradient in steps on pictures
-        net = DistributedDataParallel(model, find_unused_parameters=True)
+    # find_unused_parameters: what joins frames gets no gradient in steps on pictures
+    net = DistributedDataParallel(model, find_unused_parameters=True) if WORLD > 1 else model
     abar = cosine_abar().float().to(args.device)
-    B, frames, device = args.batch_size, args.shape[0], args.device
+    B, frames, device = args.batch_size, args.frames, args.device
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=RANK > 0)
     for step in bar:
         # Every step has its own seed: --resume continues exactly, and the processes of torchrun,
@@ -574,8 +582,8 @@ def train(args, ckpt=None):
         index = torch.randint(len(clips), (B,), device=device)
         u = torch.arange(B * frames, device=device).view(B, frames) / (B * frames)
         u = (u + torch.rand((), device=device)) % 1  # evenly spread over the batch
-        # With little noise every frame shows where things are: motion is learned from much noise,
-        # from which every second clip is drawn.
+        # With little noise each frame shows by itself where things are. Motion is learned where
+        # there is much, so every second clip gets a large t.
         u[::2] = u[::2] ** 0.2
         t = (T * u).ceil().long().clamp(min=1)
         if not pictures:  # one t for all frames of a clip, and 0 for those that are given
@@ -585,14 +593,13 @@ def train(args, ckpt=None):
         index, t, eps, drop = (a[RANK::WORLD] for a in (index, t, eps, drop))
         rays = camera_rays(K[index], pose[index], *args.shape[2:], args.patch)
         rays = rays * (drop > 0.1)  # 10 % withheld, to show what the camera is good for
-        for opt in opts:  # warm up for 100 steps, then down to almost 0
-            opt.param_groups[0]["lr"] = (opt.defaults["lr"] * min(1, step / 100)
-                                         * (1 - (step - 1) / args.steps))
         with autocast(args):
             loss = video_loss(net, to_float(clips[index]), rays, t, eps, abar, pictures)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rate = min(1, step / 100) * (1 - (step - 1) / args.steps)  # warm up, then to almost 0
         for opt in opts:
+            opt.param_groups[0]["lr"] = rate * opt.defaults["lr"]
             opt.step()
             opt.zero_grad()
         ema_update(ema, model, step)
@@ -610,22 +617,21 @@ def train(args, ckpt=None):
 
 
 def generate(args, model, num, counts, camera=1.0):
-    """Of each of num test clips a row per count: its first count frames are given, the others are
+    """A row per count for each of num test clips: the first count frames are given, the others are
     drawn; camera 0 withholds the rays. Clips (num len(counts), F, C, H, W) uint8."""
     clips, K, pose = (a.repeat_interleave(len(counts), 0) for a in load_clips(args, "test", num))
-    rays = camera * camera_rays(K, pose, *args.shape[2:], args.patch)
-    given = torch.arange(args.shape[0]) < torch.tensor(counts).repeat(num)[:, None]
+    rays = camera * camera_rays(K, pose, *clips.shape[3:], args.patch)
+    given = torch.arange(clips.shape[1]) < torch.tensor(counts).repeat(num)[:, None]
     torch.manual_seed(args.seed)
-    noise = torch.randn(clips.shape)  # drawn on the CPU: the same for every device
-    parts = zip(*(a.to(args.device).split(50) for a in (noise, clips, given, rays)))
+    parts = zip(*(a.split(50) for a in (clips, given.to(args.device), rays)))
     with autocast(args):
-        return torch.cat([to_uint8(sample(model, x, to_float(clean), keep, ray, args)).cpu()
-                          for x, clean, keep, ray in parts])
+        return torch.cat([to_uint8(sample(model, to_float(clean), keep, ray, args)).cpu()
+                          for clean, keep, ray in parts])
 
 
 def save_clips(path, clips, cols):
-    """PATH.png: a row per clip (N, F, C, H, W) uint8; PATH_film.png: all of them move, in cols
-    columns."""
+    """PATH.png: a row per clip (N, F, C, H, W) uint8; PATH_film.png: the same clips as an
+    animation, in cols columns."""
     save_png(f"{path}.png", grid(clips.flatten(0, 1), clips.shape[1]))
     save_png(f"{path}_film.png", *[grid(x, cols) for x in clips.unbind(1)])
 
@@ -633,13 +639,13 @@ def save_clips(path, clips, cols):
 def save_samples(args, model):
     """samples.npz and samples.png: clips from nothing, or, of orbits, views of test scenes of which
     the first is given. Then rows of test clips beside drawn ones. Each picture is also a film."""
-    start, frames, out = time.time(), args.shape[0], args.out
+    start, frames, out = time.time(), args.frames, args.out
     clips = generate(args, model, args.num, [1 if args.data == "orbit" else 0])
     path = args.save or out / "samples.npz"
     np.savez(path, clips.permute(0, 1, 3, 4, 2))
     say(f"{args.num} clips in {time.time() - start:.1f} s: {path} and {out}/samples.png")
     save_clips(out / "samples", clips[:10], 5)
-    if args.data == "orbit":  # rows: real, drawn from the first view; all around; blindly
+    if args.data == "orbit":  # rows: real, and drawn from the first view; without the camera
         for name, data, camera in (("views", "orbit", 1), ("circle", "circle", 1),
                                    ("withheld", "circle", 0)):
             changed = argparse.Namespace(**vars(args) | {"data": data})
@@ -741,7 +747,7 @@ def parse_args(argv=None, config=None):
     add("--resume", action="store_true", help="with --train: continue from OUT/model.pt")
     add("--compile", action="store_true", help="torch.compile: slow start, faster steps")
     add("--data", default="roll", help="roll, orbit, or an .npz with clips (N, F, H, W, C)")
-    add("--out", type=Path, help="folder for everything written, default out/ and the model's name")
+    add("--out", type=Path, help="folder for everything written, by default in out/")
     add("--size", choices=SIZES, default="small", help="preset for the flags below")
     add("--num", type=int, default=20, help="number of samples")
     add("--save", type=Path, help="file for the samples (.npz), default OUT/samples.npz")

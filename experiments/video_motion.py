@@ -10,7 +10,7 @@ Writes     out/video_motion/worst.png: the clips furthest from the law, given tw
 
 A sphere is found by its hue, at least 4 pixels of it; in a clip from nothing the two hues with most
 pixels count. The law's path is fitted to what is found: real clips have the floor of the measure,
-noise its ceiling. Frames without the sphere do not count in it.
+and their frames in another order its ceiling. Frames without the sphere do not count in it.
 """
 import argparse
 import sys
@@ -70,7 +70,7 @@ def to_table(at, K, pose, height=0.31):
 def fit_law(at, there, K, pose, steps=50, tries=100):
     """Mean distance in pixels (N,) from the nearest path that the law allows, for spheres at
     (N, F, 2, 2) where there (N, F, 2). Random search, for bounces have no gradient: it starts at
-    the place and the velocity that the first two frames say; every step keeps the best of many
+    the place and the velocity that the first two frames show; every step keeps the best of many
     changes of place, velocity and radius, ever smaller ones."""
     N, frames = at.shape[:2]
     first, second = (to_table(at[:, f], K[:, f], pose[:, f]).flatten(1) for f in (0, 1))
@@ -114,26 +114,26 @@ def main(argv=None):
     model.load_state_dict(ckpt["ema"])
     real, K, pose = (x.cpu() for x in vd.load_clips(args, "test", a.num))
     true_at, true_there, hues = find(real)
-    rows = {"real clips": (real, 1)}
-    for given in (0, 1, 2):  # three futures of every clip; from nothing, one
-        many = [given] * (3 if given else 1)
-        rows[f"drawn, {given} frames given"] = vd.generate(args, model, a.num, many), len(many)
+    order = torch.randperm(args.frames, generator=torch.Generator().manual_seed(0))
     alone = argparse.Namespace(**vars(args) | {"guidance": 0.0})  # frames do not see one another
-    rows["drawn, 2 given, frames not joined"] = vd.generate(alone, model, a.num, [2]), 1
-    rows["noise"] = torch.randint(256, real.shape, dtype=torch.uint8), 1
+    rows = [  # name, clips, answers per question, frames that do not count, hues
+        ("real clips", real, 1, 0, hues),
+        ("real frames in another order", real[:, order], 1, 0, hues),
+        ("noise", torch.randint(256, real.shape, dtype=torch.uint8), 1, 0, None),
+        ("drawn from nothing", vd.generate(args, model, a.num, [0]), 1, 0, None),
+        ("drawn, 1 frame given", vd.generate(args, model, a.num, [1] * 3), 3, 1, hues),
+        ("drawn, 2 frames given", vd.generate(args, model, a.num, [2] * 3), 3, 2, hues),
+        ("the same, frames not joined", vd.generate(alone, model, a.num, [2]), 1, 2, hues)]
     print("| clips | both spheres there | to the law | to the truth | spread of 3 futures |\n"
           "| --- | --- | --- | --- | --- |")
-    for name, (x, answers) in rows.items():
-        given = int(name[7]) if name.startswith("drawn") else 0
-        fresh = name in ("noise", "drawn, 0 frames given")
-        known = None if fresh else hues.repeat_interleave(answers, 0)
-        at, there, _ = find(x, known)
+    for name, x, answers, given, known in rows:
+        at, there, _ = find(x, None if known is None else known.repeat_interleave(answers, 0))
         law = fit_law(at, there, *(c.repeat_interleave(answers, 0) for c in (K, pose)))
         away = (at.unflatten(0, (-1, answers)) - true_at[:, None]).norm(dim=-1)[:, :, given:]
         both = (there.unflatten(0, (-1, answers)) & true_there[:, None])[:, :, given:]
         truth = (away * both).sum() / both.sum().clamp(min=1)
         cells = [f"{there[:, given:].all(2).float().mean():.3f}", f"{law.mean():.2f} px",
-                 "" if fresh else f"{truth:.2f} px", ""]
+                 "" if known is None else f"{truth:.2f} px", ""]
         if answers > 1:
             futures = [y.unflatten(0, (-1, answers))[:, :, given:] for y in (at, there)]
             cells[3] = f"{spread_of(*futures):.2f} px"

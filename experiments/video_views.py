@@ -43,8 +43,8 @@ def distance_to_line(at, line):
 
 
 def record_attention(model, x, t, rays):
-    """Attention between all patches of all frames, the mean over the layers on maps of h x w patches
-    and over their heads: (B, F, h, w, F, h, w)."""
+    """Attention between all patches of all frames, the mean over the heads and over the layers on
+    maps of h x w patches: (B, F, h, w, F, h, w)."""
     found, attend = [], vd.attend
     size = x.shape[1], *rays.shape[3:]
 
@@ -110,7 +110,7 @@ def main(argv=None):
     t[:, 0] = 0
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     x = vd.q_sample(x0, noise, vd.cosine_abar().float()[t][:, :, None, None, None])
-    rays = vd.camera_rays(K[:1], pose[:1], *args.shape[2:], args.patch)
+    rays = vd.camera_rays(K[:1], pose[:1], args.height, args.height, args.patch)
     attention = record_attention(model.cpu(), x, t, rays)
     f = args.frames // 2
     u, v = (video_motion.find(real, hues)[0][0, f, 0] / args.patch).long().tolist()
@@ -127,10 +127,9 @@ def main(argv=None):
     given = torch.zeros(a.num, args.frames, dtype=torch.bool)
     given[:, [0, -1]] = True
     torch.manual_seed(args.seed)
-    x = torch.randn(real.shape).to(args.device)
-    rays = vd.camera_rays(K, pose, *args.shape[2:], args.patch).to(args.device)
+    rays = vd.camera_rays(K, pose, args.height, args.height, args.patch).to(args.device)
     with vd.autocast(args):
-        x = vd.sample(model.to(args.device), x, vd.to_float(real).to(args.device),
+        x = vd.sample(model.to(args.device), vd.to_float(real).to(args.device),
                       given.to(args.device), rays, args)
     between = vd.to_uint8(x).cpu()
     print("| views between the first and the last | PSNR |\n| --- | --- |")

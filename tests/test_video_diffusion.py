@@ -47,6 +47,10 @@ def test_cameras():
         X = c + (z - c[..., 2:]) / d[..., 2:] * d
         near = (d[..., 2] < -0.1) & (X[..., :2].abs() < 2).all(-1)
         assert near.any() and torch.allclose(X[near][:, :2], rays[..., k:k + 2][near], atol=1e-5)
+    angle = torch.cat([math.pi * 2**i * rays[..., 6:10] for i in range(3)], -1)
+    assert torch.allclose(rays[..., 10:], torch.cat([angle.sin(), angle.cos()], -1), atol=1e-4)
+    level = vd.look_at(eye, eye + torch.tensor([1.0, 0, 0.5]))  # such rays meet no plane
+    assert vd.camera_rays(K, level, 12, 16, 4)[:, :, 6:10].abs().max() == 2
     pose = torch.cat([pose[..., :3], 5 * pose[..., 3:]], -1)
     assert torch.allclose(vd.camera_rays(K, pose, 12, 16, 4).movedim(2, -1), rays, atol=1e-5)
 
@@ -150,7 +154,8 @@ def test_own_clips(tmp_path, capsys):
     """A tenth is for testing; wrong files are refused in one line."""
     clips = np.arange(20, dtype=np.uint8).repeat(3 * 8 * 4).reshape(20, 3, 8, 4, 1)
     args = vd.parse_args(["--data", str(tmp_path / "x.npz"), "--device", "cpu"])
-    for wrong in (clips / 2, clips[:, 0], clips[:, :, 1:]):  # no integers, no frames, odd height
+    # no integers, no frames, odd height, four channels, too few
+    for wrong in (clips / 2, clips[:, 0], clips[:, :, 1:], clips.repeat(4, axis=4), clips[:1]):
         np.savez(tmp_path / "x.npz", clips=wrong)
         with pytest.raises(SystemExit):
             vd.load_clips(args, "train", 5)
@@ -232,6 +237,11 @@ def test_attention_by_hand():
             assert torch.allclose(change[b, f, :, i, j], want, atol=1e-4)
 
 
+def test_attention_in_training_is_that_in_sampling():
+    q, k, v = torch.randn(3, 2, 2, 5, 4)
+    assert torch.allclose(vd.attend(q, k, v), vd.attend(q.requires_grad_(), k, v), atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (8, 4, 3, 3)], ids=str)
 def test_muon(shape):
     """A step goes along the singular vectors of the momentum (U, V of its decomposition U S V^T),
@@ -275,6 +285,25 @@ def test_loss_by_hand():
     assert loss.item() == pytest.approx((1 + middle.item() * (4 + 9 + 16) / 3 + 5) / 3, rel=1e-5)
 
 
+def test_what_a_step_sees(tmp_path, monkeypatch):
+    """Pictures: a t per frame. Clips: one t, or 0 if given; every second one has much noise."""
+    seen = []
+
+    def spy(model, x0, rays, t, eps, abar, pictures):
+        seen.append((t, rays.flatten(1).any(1), pictures))
+        return sum(p.sum() for p in model.parameters()) * 0
+
+    monkeypatch.setattr(vd, "video_loss", spy)
+    call(vd, "--train", *SMALL, *"--steps 40 --every 40 --batch-size 64".split(), cwd=tmp_path)
+    for step, (t, _, pictures) in enumerate(seen, 1):
+        top = t.amax(1, keepdim=True)
+        assert pictures == (step == 1 or step % 8 == 0)
+        assert (t > 0).all() and (t != top).any() if pictures else ((t == 0) | (t == top)).all()
+    much = torch.stack([t.amax(1) for t, _, pictures in seen if not pictures]) > 500
+    assert much[:, ::2].float().mean() > 0.94 and 0.45 < much[:, 1::2].float().mean() < 0.55
+    assert 0.87 < torch.cat([rays for _, rays, _ in seen]).float().mean() < 0.93  # 10 % withheld
+
+
 @pytest.mark.parametrize("known", [False, True])
 def test_sampler_on_gaussians(known):
     """Two frames, normal with correlation 0.8 and standard deviation 0.1: the network is the exact
@@ -282,8 +311,8 @@ def test_sampler_on_gaussians(known):
     step; many nearly in those of frame 2, or of frame 2 given frame 1: the variance of q is right
     for data that are one point, and a little too small for others."""
     rho, sd, abar = 0.8, 0.1, vd.cosine_abar().tolist()
-    x = torch.randn(8000, 2, 1, 1, 1, generator=torch.Generator().manual_seed(0))
-    clean, given = torch.full_like(x, 0.15), torch.tensor([[known, False]]).expand(8000, 2)
+    clean = torch.full((8000, 2, 1, 1, 1), 0.15)
+    given = torch.tensor([[known, False]]).expand(8000, 2)
     mean, var = (rho * 0.15, (1 - rho**2) * sd**2) if known else (0.0, sd**2)
 
     def model(x, t, rays):
@@ -294,7 +323,7 @@ def test_sampler_on_gaussians(known):
     for steps in (3, 7, 250):
         torch.manual_seed(steps)
         args = SimpleNamespace(sample_steps=steps, guidance=1.0)
-        found = vd.sample(model, x, clean, given, torch.zeros(1), args)
+        found = vd.sample(model, clean, given, torch.zeros(1), args)
         m, v = 0.0, 1.0
         levels = [abar[round(1000 * i / steps)] for i in range(steps, -1, -1)]
         for a, b in zip(levels, levels[1:]):
@@ -320,7 +349,7 @@ def test_guidance():
     x, given = torch.randn(2, 4, 1, 2, 2), torch.zeros(2, 4, dtype=torch.bool)
     for w in (0.0, 1.0, 2.5):
         args = SimpleNamespace(sample_steps=3, guidance=w)
-        found = vd.sample(model, x, x, given, torch.ones(1), args)
+        found = vd.sample(model, x, given, torch.ones(1), args)
         assert torch.allclose(found, torch.full_like(x, 0.1 + w * 0.2), atol=1e-6)
     args, seen = vd.parse_args(["--data", "orbit", "--device", "cpu"]), []
     args.shape, args.guidance, args.sample_steps = [8, 3, 32, 32], 1, 1
@@ -337,6 +366,7 @@ def test_program(data, tmp_path):
     for name in ["samples", *(["futures"] if data == "roll" else ["views", "circle", "withheld"])]:
         assert (out / f"{name}.png").exists() and (out / f"{name}_film.png").exists()
     args = vd.parse_args([], vd.load_checkpoint(out / "model.pt")["config"])
-    rows = vd.generate(args, vd.build(args), 2, [4, 1, 0, 2]).view(2, 4, 4, 3, 16, 16)
+    model = vd.build(args)
+    rows = vd.generate(args, model, 2, [4, 1, 0, 2]).view(2, 4, 4, 3, 16, 16)
     same = (rows == vd.load_clips(args, "test", 2)[0][:, None]).all(dim=(3, 4, 5))
     assert torch.equal(same, (torch.arange(4) < torch.tensor([[4], [1], [0], [2]])).expand(2, 4, 4))
