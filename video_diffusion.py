@@ -64,8 +64,8 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "lr": (3e-3, 5e-4, "peak learning rate of Adam: vectors, first and last layer"),
     "muon_lr": (0.03, 0.03, "peak learning rate of Muon: all other matrices"),
     "every": (500, 2000, "steps between checkpoints"),
-    "sample_steps": (20, 20, "number of sampling steps, at most T"),
-    "guidance": (1.5, 1.5, "w: how strongly frames follow one another; 1: as trained"),
+    "sample_steps": (40, 40, "number of sampling steps, at most T"),
+    "guidance": (2.0, 2.0, "w: how strongly frames follow one another; 1: as trained"),
 }
 T = 1000  # noise levels
 RAYS = 34  # channels of camera_rays

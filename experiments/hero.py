@@ -24,9 +24,9 @@ import matplotlib.pyplot as plt
 SAMPLES = {  # flags, and which 16 of the samples (arr_0) are shown, as rows of 4
     "pixelcnn": ("--num 40", range(0, 40, 2)),
     "vqvae": ("--num 40", range(1, 40, 2)),
-    "dalle_mini": ("--num 16", range(16)),
+    "dalle_mini": ("--num 4", range(16)),
     "ddpm": ("--num 40", range(0, 40, 2)),
-    "latent_diffusion": ("--num 16", range(16)),
+    "latent_diffusion": ("--num 4", range(16)),
     "video_diffusion": ("--num 4", range(4)),
 }
 
@@ -66,7 +66,7 @@ def main(argv=None):
         ax.set_title(f"{name}.py", fontsize=10, family="monospace")
         ax.axis("off")
     figure.tight_layout(pad=0.3)
-    figure.savefig(out / "hero.png", dpi=110)
+    figure.savefig(out / "hero.png", dpi=110, bbox_inches="tight")
 
 
 if __name__ == "__main__":

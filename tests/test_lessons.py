@@ -125,8 +125,6 @@ def test_same_seed_same_samples(name, trained):
 @each_sampler
 def test_pretrained_is_the_default(name, tmp_path):
     """Without a model in OUT, --sample takes the one in pretrained/, from any folder."""
-    if not (ROOT / f"pretrained/{name}.pt").exists():
-        pytest.skip("not trained yet")
     said = call(lesson(name), "--sample", "--num", 10, "--device", "cpu", cwd=tmp_path)
     assert f"pretrained/{name}.pt" in said and (tmp_path / f"out/{name}/samples.npz").exists()
 

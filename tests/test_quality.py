@@ -32,10 +32,7 @@ def two_threads():
 
 def load(lesson, name=None):
     """Flags and network of a pretrained checkpoint."""
-    path = ROOT / f"pretrained/{name or lesson.NAME}.pt"
-    if not path.exists():
-        pytest.skip("not trained yet")
-    ckpt = lesson.load_checkpoint(path)
+    ckpt = lesson.load_checkpoint(ROOT / f"pretrained/{name or lesson.NAME}.pt")
     args = lesson.parse_args(["--device", "cpu"], ckpt["config"])
     model = lesson.build(args).eval()
     model.load_state_dict(ckpt["ema"])
@@ -137,7 +134,7 @@ def test_spheres_roll_as_the_law_says():
     hues = video_motion.find(real)[2]
     at, there, _ = video_motion.find(video_diffusion.generate(args, model, 20, [2]), hues)
     assert there.all(2).float().mean() >= 0.9
-    assert video_motion.fit_law(at, there, K, pose).mean() <= 1.0
+    assert video_motion.fit_law(at, there, K, pose).mean() <= 0.9
 
 
 def test_new_views_are_where_the_camera_says():
@@ -153,4 +150,4 @@ def test_new_views_are_where_the_camera_says():
     gain = video_geometry.psnr(drawn, real)[:, 1:] - video_geometry.psnr(empty, real)[:, 1:]
     _, _, off, found, lines, _ = video_geometry.measures(drawn, real, empty, empty, scenes, K, pose)
     assert gain.mean() >= 4.5
-    assert off <= 1.2 and found >= 0.95 and lines <= 0.35, (off, found, lines)
+    assert off <= 1.1 and found >= 0.95 and lines <= 0.6, (off, found, lines)
