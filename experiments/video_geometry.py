@@ -8,12 +8,12 @@ Run        python experiments/video_geometry.py
 Writes     out/video_geometry/views.png: real views, drawn ones, and those of one sampling step
 
 Every measure has rows for what is right (real renders) and for what knows nothing: the empty table,
-drawn from the camera and the table's angle alone; another scene from the same cameras; noise.
+rendered from the camera and the table's angle alone; another scene from the same cameras; noise.
 PSNR      of views 2..F, in dB. The mean of all possible answers has the best PSNR and is blurred:
 sharp     so the mean square of neighbouring pixels' differences stands beside it; real renders: 1
 spheres   distance in pixels of each colour's middle from that in the real render; found: its share
 lines     offset in pixels of the steepest place across the table's lines, where these are in sight;
-          looked for within 2.5 pixels, so what knows nothing has about 1.2
+          looked for within 2.5 pixels, so what knows nothing has about 1.4
 shadows   how much of the shadows' darkness is there: 1 in real renders, 0 with light everywhere
 """
 import argparse

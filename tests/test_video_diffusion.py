@@ -301,6 +301,8 @@ def test_what_a_step_sees(tmp_path, monkeypatch):
         assert (t > 0).all() and (t != top).any() if pictures else ((t == 0) | (t == top)).all()
     much = torch.stack([t.amax(1) for t, _, pictures in seen if not pictures]) > 500
     assert much[:, ::2].float().mean() > 0.94 and 0.45 < much[:, 1::2].float().mean() < 0.55
+    known = torch.stack([t == 0 for t, _, pictures in seen if not pictures]).float().mean((0, 1))
+    assert torch.allclose(known, torch.tensor([2 / 3, 1 / 3, 0, 0.1]), atol=0.05)
     assert 0.87 < torch.cat([rays for _, rays, _ in seen]).float().mean() < 0.93  # 10 % withheld
 
 
