@@ -333,8 +333,8 @@ class TimeAttention(nn.Module):
         self.norm = group_norm(C)
         self.place = nn.Linear(3 * 32, C)
         # Added to queries and keys alike: q . k then grows with the likeness of two rays, so that
-        # from the start patches which see the same place attend to one another. Without it frames
-        # do not find one another for thousands of steps.
+        # from the start patches which see the same place attend to one another. Without it the
+        # views of an orbit do not find one another for thousands of steps.
         self.ray = nn.Conv2d(RAYS, C, 1, bias=False)
         nn.init.normal_(self.ray.weight, std=0.3)
         self.qkv = nn.Linear(C, 3 * C)
@@ -645,7 +645,7 @@ def save_samples(args, model):
     np.savez(path, clips.permute(0, 1, 3, 4, 2))
     say(f"{args.num} clips in {time.time() - start:.1f} s: {path} and {out}/samples.png")
     save_clips(out / "samples", clips[:10], 5)
-    if args.data == "orbit":  # rows: real, and drawn from the first view; without the camera
+    if args.data == "orbit":  # rows: real, and drawn from the first view; withheld: no camera
         for name, data, camera in (("views", "orbit", 1), ("circle", "circle", 1),
                                    ("withheld", "circle", 0)):
             changed = argparse.Namespace(**vars(args) | {"data": data})
