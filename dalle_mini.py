@@ -706,7 +706,8 @@ def main(argv=None):
             path = HERE / "pretrained" / f"{NAME}.pt"
         ckpt = load_checkpoint(path)
         args = parse_args(argv, ckpt["config"])
-        say(f"{path}, step {ckpt['step']:,}")
+        first = "optimizer" in ckpt and "model" not in ckpt  # the second stage has not begun
+        say(f"{path}, step {ckpt['step']:,}" + first * " of the first stage: samples are noise")
     if WORLD > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
