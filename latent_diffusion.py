@@ -927,8 +927,9 @@ def main(argv=None):
             path = HERE / "pretrained" / f"{NAME}.pt"
         ckpt = load_checkpoint(path)
         args = parse_args(argv, ckpt["config"])
-        first = "optimizer" in ckpt and "model" not in ckpt  # the second stage has not begun
-        say(f"{path}, step {ckpt['step']:,}" + first * " of the first stage: samples are noise")
+        say(f"{path}, step {ckpt['step']:,}")
+        if "optimizer" in ckpt and "model" not in ckpt:
+            say("only the first stage is trained: samples are noise")
     if WORLD > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

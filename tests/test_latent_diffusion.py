@@ -211,7 +211,7 @@ def test_what_the_denoiser_is_trained_on(monkeypatch, tmp_path):
 
 
 def test_stages_resume_to_the_bit(tmp_path, monkeypatch):
-    """From a checkpoint of either stage, which is named; the average is one. latents.png: images, their channels in
+    """From a checkpoint of either stage; the average is one. latents.png: images, their channels in
     grey, and the reconstructions."""
     path, save, grid = tmp_path / "out/latent_diffusion/model.pt", ld.save_checkpoint, ld.grid
     saved, pictures = [], []
@@ -224,8 +224,7 @@ def test_stages_resume_to_the_bit(tmp_path, monkeypatch):
     assert len({1.0, one["ema"]["denoiser." + name][0].item(), one["model"][name][0].item()}) == 3
     for content in (saved[0], saved[2]):
         path.write_bytes(content)
-        said = call(ld, "--train", "--resume", cwd=tmp_path)
-        assert ("of the first stage: samples are noise" in said) == (content is saved[0])
+        call(ld, "--train", "--resume", cwd=tmp_path)
         two = ld.load_checkpoint(path)
         assert all(torch.equal(one[s][k], two[s][k]) for s in ("model", "ema") for k in one[s])
     net = small()[1].eval()

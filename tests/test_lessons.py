@@ -129,6 +129,17 @@ def test_pretrained_is_the_default(name, tmp_path):
     assert f"pretrained/{name}.pt" in said and (tmp_path / f"out/{name}/samples.npz").exists()
 
 
+@pytest.mark.parametrize("name", ["vqvae", *SCENES])
+def test_a_first_stage_alone_is_named(name, trained, tmp_path):
+    """--sample draws noise from it; a checkpoint of the second stage also has `model`."""
+    ckpt = lesson(name).load_checkpoint(trained / name / "model.pt")
+    for stage in ("second", "first"):
+        torch.save(ckpt, tmp_path / "model.pt")
+        said = call(lesson(name), "--sample", "--out", tmp_path, cwd=tmp_path)
+        assert ("only the first stage is trained" in said) == (stage == "first")
+        ckpt.pop("model", None)
+
+
 @each_lesson
 def test_kill_and_resume_are_bit_equal(name, folder, trained):
     """Killed at a random moment while it writes checkpoints, then resumed: the same bits as the

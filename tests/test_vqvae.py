@@ -114,8 +114,7 @@ def test_training_resumes_to_the_bit(tmp_path, monkeypatch):
     assert len({0.0, *(b[0].item() for b in biases)}) == 3
     for content in saved[:3]:
         path.write_bytes(content)
-        first = "model" not in vqvae.load_checkpoint(path)
-        assert ("of the first stage" in call(vqvae, "--train", "--resume", cwd=tmp_path)) == first
+        call(vqvae, "--train", "--resume", cwd=tmp_path)
         two = vqvae.load_checkpoint(path)
         assert all(torch.equal(one[s][k], two[s][k]) for s in ("model", "ema") for k in one[s])
 
