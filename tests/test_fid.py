@@ -1,6 +1,7 @@
 """fid.py against closed forms, brute force and published numbers."""
 
-from collections import defaultdict
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import torch
 from inprocess import call
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
+import bench_fid
 import fid
 
 DATA = fid.HERE / "data"
@@ -80,16 +83,8 @@ def test_kid_precision_and_recall():
 def test_features_are_torch_fidelitys(monkeypatch):
     """Names and shapes are the published file's; features of two images are torch-fidelity 0.4.0's
     with the same random weights. torch.hub is asked to check the hash of the file."""
-    g, model, values = torch.Generator().manual_seed(0), fid.inception(), []
-    for name, v in model.state_dict().items():
-        if v.ndim == 4:
-            values.append(torch.randn(v.shape, generator=g) * (2 / v[0].numel()) ** 0.5)
-        elif name.endswith(("weight", "var")):
-            values.append(0.5 + torch.rand(v.shape, generator=g))
-        elif v.ndim:
-            values.append(0.2 * torch.randn(v.shape, generator=g))
-    state = defaultdict(iter(values).__next__)  # the names asked for get the next values
-    fid.load_published(model, state)
+    state = bench_fid.random_weights()
+    model = fid.load_published(fid.inception(), state)
     assert len(state) == 5 * 94 and sum(p.numel() for p in model.parameters()) == 21_785_568
     assert {f"{name[6:-12]} {tuple(v.shape)}" for name, v in state.items()} > {
         "5b.branch5x5_2 (64, 48, 5, 5)", "5d.branch_pool (64, 288, 1, 1)",
