@@ -98,28 +98,20 @@ class MaskedConv(nn.Conv2d):
         return F.conv2d(x, self.weight * self.keep, self.bias, padding=2)
 
 
+def convolve(conv, v):
+    """conv of v (B, H, W, D): features come last in this file, and first in nn.Conv2d."""
+    return conv(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
 # ---- 3. Two stacks instead of masks (van den Oord et al. 2016b) ----------------------------------
 #
 # However many masked layers, a pixel never sees a wedge above and to its right: the blind spot
 # (--receptive-field draws it). Two stacks have none. Instead of masks, they shift and pad.
 
 
-class VerticalConv(nn.Conv2d):
-    """Convolution of the vertical stack: (B, top + H, W, D_in) -> (B, H, W, D_out). Its input
-    starts with the `top` rows that the first row of the output needs."""
-
-    def __init__(self, D_in, D_out, rows, cols, dilation=1):
-        side = dilation * (cols // 2)
-        super().__init__(D_in, D_out, (rows, cols), dilation=dilation, padding=(0, side))
-        self.top = dilation * (rows - 1)
-
-    def forward(self, v):
-        return super().forward(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-def pad_top(v, rows):
-    """v (B, H, W, D) below `rows` rows of zeros."""
-    return F.pad(v, (0, 0, 0, 0, rows, 0))
+def below(v, d):
+    """v (B, H, W, D) below d rows of zeros."""
+    return F.pad(v, (0, 0, 0, 0, d, 0))
 
 
 def left(h, d):
@@ -136,7 +128,7 @@ class Block(nn.Module):
 
     def __init__(self, D, classes, dilation):
         super().__init__()
-        self.conv = VerticalConv(D, 2 * D, 2, 3, dilation)
+        self.conv = nn.Conv2d(D, 2 * D, (2, 3), dilation=dilation, padding=(0, dilation))
         self.across = nn.Linear(3 * D, 2 * D)
         self.out = nn.Linear(D, D)
         self.label = nn.Embedding(classes + 1, 4 * D)  # the last one means "none"
@@ -144,8 +136,9 @@ class Block(nn.Module):
         self.dilation = dilation
 
     def vertical(self, v, label):
-        """The update of v. The gate is a * sigmoid(b); the paper has tanh(a) * sigmoid(b)."""
-        return F.glu(self.conv(v) + label, dim=-1)
+        """The update (B, H, W, D) of v, from v and the `dilation` rows above it. The gate is
+        a * sigmoid(b); the paper has tanh(a) * sigmoid(b)."""
+        return F.glu(convolve(self.conv, v) + label, dim=-1)
 
     def horizontal(self, h, h_left, update, label):
         """The new h, from h, from h `dilation` pixels to the left, and from the update of v."""
@@ -154,7 +147,7 @@ class Block(nn.Module):
 
     def forward(self, v, h, y):  # (B, H, W, D), (B, H, W, D), (B,)
         label_v, label_h = self.label(y)[:, None, None].chunk(2, dim=-1)  # (B, 1, 1, 2 D)
-        update = self.vertical(pad_top(v, self.conv.top), label_v)
+        update = self.vertical(below(v, self.dilation), label_v)
         return v + update, self.horizontal(h, left(h, self.dilation), update, label_h)
 
 
@@ -168,7 +161,7 @@ class PixelCNN(nn.Module):
     def __init__(self, shape, K, classes, D, hidden):
         super().__init__()
         C, H, W = shape
-        self.K, self.classes = K, classes
+        self.classes = classes
         self.embeddings = nn.ModuleList(nn.Embedding(K, 16) for _ in range(C))
         # Not in the papers: a bias for every position, since digits are centred, and one for every
         # class and 4 x 4 pixels, which conveys the class better than Block.label alone. They are
@@ -210,14 +203,14 @@ class Gated(PixelCNN):
     def __init__(self, shape, K, classes, D, dilations, hidden):
         super().__init__(shape, K, classes, D, hidden)
         E = 16 * shape[0]
-        self.conv = VerticalConv(E, D, 3, 7)  # of the 3 rows above
+        self.conv = nn.Conv2d(E, D, (3, 7), padding=(0, 3))  # of the 3 rows above
         self.across = nn.Linear(3 * E + D, D)  # of the 3 pixels to the left, and v
         self.blocks = nn.ModuleList(Block(D, classes, d) for d in dilations)
 
     def trunk(self, e, y):
         bias_v, bias_h, bias_out = self.biases(y)
         # Row i of v knows only the image rows above i. Later layers may therefore read v's row i.
-        v = self.conv(pad_top(e, 3)[:, :-1])
+        v = convolve(self.conv, below(e, 3)[:, :-1])
         h = self.across(torch.cat([left(e, 1), left(e, 2), left(e, 3), v], dim=-1)) + bias_h
         v = v + bias_v
         for block in self.blocks:
@@ -235,10 +228,10 @@ class Plain(PixelCNN):
 
     def trunk(self, e, y):
         _, bias_h, bias_out = self.biases(y)
-        h = self.first(e.permute(0, 3, 1, 2)) + bias_h.permute(0, 3, 1, 2)  # (B, D, H, W)
+        h = convolve(self.first, e) + bias_h
         for conv in self.blocks:
-            h = h + F.relu(conv(F.relu(h)))
-        return h.permute(0, 2, 3, 1) + bias_out
+            h = h + F.relu(convolve(conv, F.relu(h)))
+        return h + bias_out
 
 
 def build(args):
@@ -306,18 +299,19 @@ def sample(model, x, y, u, guidance=1.0):
     """The same pixels from a Gated model, 100 times faster: v is computed once per row and h once
     per pixel, both from cached features of earlier rows and pixels."""
     x, y = x.clone(), torch.cat([y, torch.full_like(y, model.classes)])
-    B, H, W = len(y), x.shape[2], x.shape[3]
     bias_v, bias_h, bias_out = model.biases(y)
-    zeros, D = bias_v.new_zeros, bias_v.shape[3]
+    B, H, W, D = bias_v.shape
+    zeros = bias_v.new_zeros
     labels = [block.label(y)[:, None, None].chunk(2, dim=-1) for block in model.blocks]
     e = zeros(B, H + 3, W + 3, 16 * x.shape[1])  # 3 rows above the image, 3 columns to its left
-    v_caches = [zeros(B, block.conv.top + H, W, D) for block in model.blocks]
+    v_caches = [zeros(B, block.dilation + H, W, D) for block in model.blocks]
     for i in range(H):
-        v_first = model.conv(e[:, i:i + 3, 3:])  # (B, 1, W, D), of the 3 rows above
-        v, updates = v_first + bias_v[:, i:i + 1], []
+        v_first = convolve(model.conv, e[:, i:i + 3, 3:])  # (B, 1, W, D), of the 3 rows above
+        v = v_first + bias_v[:, i:i + 1]
+        updates = []
         for block, cache, (label_v, _) in zip(model.blocks, v_caches, labels):
-            cache[:, block.conv.top + i] = v[:, 0]
-            updates.append(block.vertical(cache[:, i:i + block.conv.top + 1], label_v))
+            cache[:, block.dilation + i] = v[:, 0]
+            updates.append(block.vertical(cache[:, i:i + block.dilation + 1], label_v))
             v = v + updates[-1]
         h_caches = [zeros(B, block.dilation + W, D) for block in model.blocks]
         for j in range(W):
@@ -371,14 +365,13 @@ def train(args, ckpt=None):
     if args.compile:
         model.compile()
     net = DistributedDataParallel(model) if WORLD > 1 else model
-    B = args.batch_size
     bar = tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, disable=RANK > 0)
     for step in bar:
         # Every step has its own seed: --resume continues exactly, and the processes of torchrun,
         # number RANK of WORLD, draw the same global batch, of which each takes its share.
         torch.manual_seed(args.seed * 10_000_000 + step)
-        index = torch.randint(len(images), (B,), device=args.device)[RANK::WORLD]
-        drop = torch.rand(B, device=args.device)[RANK::WORLD]
+        index = torch.randint(len(images), (args.batch_size,), device=args.device)[RANK::WORLD]
+        drop = torch.rand(args.batch_size, device=args.device)[RANK::WORLD]
         x = to_levels(images[index], args.levels)
         y = labels[index].masked_fill(drop < 0.1, args.classes)  # 10 % "none", which guidance needs
         for group in opt.param_groups:  # warm up for 100 steps, then down to almost 0
@@ -493,13 +486,12 @@ def field_of(model, i, j):
 
 def receptive_field(args, model):
     """Draw what a pixel (grey) sees (white), block by block: gated above, plain below."""
-    fields = []
-    for network in (Gated, Plain):
-        for n in range(len(args.dilations) + 1):
-            field = field_of(network([1, 28, 28], 2, 0, 8, args.dilations[:n], 8), 14, 14)
-            fields.append(255 * field.to(torch.uint8))
-            fields[-1][14, 14] = 128
-    save_picture(args.out / "receptive_field.png", grid(torch.stack(fields)[:, None], n + 1))
+    columns = len(args.dilations) + 1
+    fields = [field_of(network([1, 28, 28], 2, 0, 8, args.dilations[:n], 8), 14, 14)
+              for network in (Gated, Plain) for n in range(columns)]
+    picture = 255 * torch.stack(fields)[:, None].to(torch.uint8)
+    picture[..., 14, 14] = 128
+    save_picture(args.out / "receptive_field.png", grid(picture, columns))
 
 
 VERBS = {"bpd": bpd, "sample": save_samples, "complete": complete, "classify": classify,
