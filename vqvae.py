@@ -349,8 +349,7 @@ def train_codes(args, model, images, ckpt):
 
 
 def train_prior(args, model, images, labels, ckpt):
-    """Second stage: a prior over the codes of the first stage, which no longer change. Its average
-    becomes model.prior."""
+    """Second stage: a prior over codes, which no longer change. Its average is model.prior."""
     prior = copy.deepcopy(model.prior)
     model.prior.requires_grad_(False)
     opt = torch.optim.Adam(prior.parameters(), args.lr, (0.9, 0.95), fused=True)
@@ -365,13 +364,12 @@ def train_prior(args, model, images, labels, ckpt):
     if args.compile:
         prior.compile()
     ddp = DistributedDataParallel(prior) if WORLD > 1 else prior
-    B = args.batch_size
     bar = tqdm(range(start + 1, args.steps + 1), "prior", initial=start, total=args.steps,
                disable=RANK > 0)
     for step in bar:
         torch.manual_seed(args.seed * 10_000_000 + step)
-        index = torch.randint(len(codes), (B,), device=args.device)[RANK::WORLD]
-        drop = torch.rand(B, device=args.device)[RANK::WORLD]
+        index = torch.randint(len(codes), (args.batch_size,), device=args.device)[RANK::WORLD]
+        drop = torch.rand(args.batch_size, device=args.device)[RANK::WORLD]
         y = labels[index].masked_fill(drop < 0.1, args.classes)  # 10 % "none", which guidance needs
         for group in opt.param_groups:
             group["lr"] = args.lr * min(1, step / 100) * (1 - (step - 1) / args.steps)
