@@ -1,4 +1,5 @@
-"""vqvae.py: the codebook, the prior as a distribution, resuming and compression, by oracles."""
+"""vqvae.py: the codebook, the prior as a distribution, and compression, by oracles."""
+
 import copy
 import itertools
 from types import SimpleNamespace
@@ -99,24 +100,14 @@ def test_prior_is_a_causal_distribution_and_is_sampled():
     assert vqvae.draw_code(logits, torch.full((1000,), 1 - 2**-24)).max() == 254
 
 
-def test_training_resumes_to_the_bit(tmp_path, monkeypatch):
-    """From any checkpoint of either stage; one label in ten is none; the prior is averaged."""
+def test_one_label_in_ten_is_none(tmp_path, monkeypatch):
+    """In the training of the prior, and not always that of the same image."""
     np.savez(tmp_path / "own.npz", images=IMAGES, labels=np.arange(40) % 2)
-    save, bits, path = vqvae.save_checkpoint, vqvae.bits_per_code, tmp_path / "out/vqvae/model.pt"
-    saved, seen = [], []
+    bits, seen = vqvae.bits_per_code, []
     monkeypatch.setattr(vqvae, "bits_per_code", lambda *a: seen.append(a[2]) or bits(*a))
-    monkeypatch.setattr(vqvae, "save_checkpoint", lambda *a, **state: (
-        save(*a, **state), saved.append(path.read_bytes())))
     call(vqvae, *SMALL, cwd=tmp_path)
-    one, y = vqvae.load_checkpoint(path), torch.stack([y for y in seen if len(y) == 50])
-    assert abs((y == 2).float().mean() - 0.1) < 0.04 and ((y == 2).sum(0) < 9).all()
-    biases = one["ema"]["prior.head.bias"], one["model"]["head.bias"]
-    assert len({0.0, *(b[0].item() for b in biases)}) == 3
-    for content in saved[:3]:
-        path.write_bytes(content)
-        call(vqvae, "--train", "--resume", cwd=tmp_path)
-        two = vqvae.load_checkpoint(path)
-        assert all(torch.equal(one[s][k], two[s][k]) for s in ("model", "ema") for k in one[s])
+    none = torch.stack([y for y in seen if len(y) == 50]) == 2
+    assert abs(none.float().mean() - 0.1) < 0.04 and (none.sum(0) < 9).all()
 
 
 @pytest.mark.parametrize("K, kind", [(256, "u1"), (257, "u2")])
