@@ -1,12 +1,9 @@
 """experiments/latent_cost.py, latent_edit.py, bench_latent_diffusion.py: mathematics, programs."""
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from inprocess import call
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 import bench_latent_diffusion
 import latent_cost
 import latent_diffusion as ld

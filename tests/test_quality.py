@@ -1,7 +1,6 @@
 """The pretrained checkpoints draw what docs/results.md says, judged by nearest neighbours in pixels
-and by the pretrained classifier."""
+and by pretrained classifiers."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +12,13 @@ import ddpm
 import fid
 import latent_diffusion
 import pixelcnn
+import scene_accuracy
 import video_diffusion
+import video_geometry
+import video_motion
 import vqvae
 
 ROOT = Path(ddpm.__file__).parent
-sys.path.insert(0, str(ROOT / "experiments"))
-import scene_accuracy
-import video_geometry
-import video_motion
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,11 +30,8 @@ def two_threads():
 
 def load(lesson, name=None):
     """Flags and network of a pretrained checkpoint."""
-    ckpt = lesson.load_checkpoint(ROOT / f"pretrained/{name or lesson.NAME}.pt")
-    args = lesson.parse_args(["--device", "cpu"], ckpt["config"])
-    model = lesson.build(args).eval()
-    model.load_state_dict(ckpt["ema"])
-    return args, model
+    path = ROOT / f"pretrained/{name or lesson.NAME}.pt"
+    return scene_accuracy.load_model(lesson, path, ["--device", "cpu"])
 
 
 def classes_of(images):
@@ -47,9 +42,8 @@ def classes_of(images):
 
 
 def distances(a, b):
-    """Euclidean distances (N, M) of images, to the last digit; by products, 0 would be wrong."""
-    a, b = (ddpm.to_float(x).flatten(1) for x in (a, b))
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    """Euclidean distances (N, M) of images; those near 0 are rounded."""
+    return torch.cdist(*(ddpm.to_float(x).flatten(1) for x in (a, b)))
 
 
 def test_ddpm_digits():
@@ -73,30 +67,30 @@ def test_ddpm_digits():
 
 
 def test_pixelcnn():
-    """200 samples at the default guidance are read as their classes, the first 1,000 test digits
-    cost the bits of docs/results.md, and p(y | x) reads 100 of them."""
+    """100 samples at the default guidance are read as their classes, the first 1,000 test digits
+    cost the bits of docs/results.md, and p(y | x) reads 40 of them."""
     args, model = load(pixelcnn)
-    labels = torch.arange(200) % 10
+    labels = torch.arange(100) % 10
     drawn = pixelcnn.generate(args, model, labels)
     assert (classes_of(drawn) == labels).float().mean() >= 0.93
     x, y = pixelcnn.held_out(args, 1000)
     bits = pixelcnn.to_bits(pixelcnn.log_probs(model, x, y).mean(), args.shape)
     assert bits == pytest.approx(0.8395, abs=0.0005)
-    found = pixelcnn.log_joint(args, model, x[:100]).argmax(1)
-    assert (found == y[:100]).float().mean() >= 0.88
+    found = pixelcnn.log_joint(args, model, x[:40]).argmax(1)
+    assert (found == y[:40]).float().mean() >= 0.88
 
 
 def test_vqvae():
-    """2,000 test digits through their codes: near, read as before, nearly all codes in use. 200
+    """1,000 test digits through their codes: near, read as before, nearly all codes in use. 100
     samples at the default guidance are read as their classes."""
     args, model = load(vqvae)
-    images, _ = vqvae.test_set(args, 2000)
+    images, _ = vqvae.test_set(args, 1000)
     found = vqvae.codes_of(model.autoencoder, images)
     back = vqvae.images_of(model.autoencoder, found)
     assert (back - vqvae.to_float(images)).square().mean() < 0.0095
     assert len(found.unique()) == args.codebook_size
     assert (classes_of(images) == classes_of(vqvae.to_uint8(back))).float().mean() >= 0.98
-    labels = torch.arange(200) % 10
+    labels = torch.arange(100) % 10
     drawn = vqvae.generate(args, model, labels)
     assert (classes_of(drawn) == labels).float().mean() >= 0.95
 
@@ -117,10 +111,10 @@ def test_the_judge_knows_what_it_judges():
 
 @pytest.mark.parametrize("lesson", [dalle_mini, latent_diffusion], ids=lambda m: m.NAME)
 def test_scenes_are_what_the_caption_asks_for(lesson):
-    """All of 100 scenes, within chance of docs/results.md; and the first stage can show them."""
+    """All of 60 scenes, within chance of docs/results.md; and the first stage can show them."""
     (args, model), judge = load(lesson), scene_accuracy.load_judge(lesson)
     for pairs in ("seen", "held-out"):
-        images, texts, facts = lesson.load_scenes(100, "test", pairs, args, single=0)
+        images, texts, facts = lesson.load_scenes(60, "test", pairs, args, single=0)
         with torch.no_grad():
             back = lesson.to_uint8(model.autoencoder.reconstruct(lesson.to_float(images)))
         assert share_right(judge, back, facts) >= 0.9

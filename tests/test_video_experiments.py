@@ -1,15 +1,11 @@
 """What experiments on clips measure, on clips whose answer is known; each once in miniature."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from inprocess import call
 from test_lessons import LESSONS
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 import video_diffusion as vd
 import video_geometry
 import video_motion
