@@ -1,8 +1,11 @@
-"""Every lesson as a program: help, a few steps from another folder, exact resume, kill -9, two
-processes, bad input. What all lessons share to the letter (test_copies.py) is tested in ddpm.py."""
+"""Every lesson as a program: a few steps from another folder, exact resume, kill -9, two processes,
+bad input. What all lessons share to the letter (test_copies.py) is tested in ddpm.py."""
 
 import contextlib
 import importlib
+import itertools
+import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -11,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +39,13 @@ LESSONS = {  # flags of a tiny network, and its data
     "fid": "--data own.npz --width 4 --batch-size 8",
 }
 SCENES = ["dalle_mini", "latent_diffusion"]  # samples of prompts, not of classes
+STAGES = {"vqvae": "prior.", "dalle_mini": "transformer.", "latent_diffusion": "denoiser."}
 USE = {name: ["--sample"] for name in LESSONS} | {"fid": ["own.npz", "own.npz"]}  # a checkpoint
 each_lesson = pytest.mark.parametrize("name", LESSONS)
-each_sampler = pytest.mark.parametrize("name", [n for n in LESSONS if USE[n] == ["--sample"]])
-TRAIN = "--train --device cpu --steps"
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in these tests: other sums round otherwise
+SAMPLERS = [name for name in LESSONS if name != "fid"]
+each_sampler = pytest.mark.parametrize("name", SAMPLERS)
+FORKS = multiprocessing.get_context("forkserver")  # imports torch once, then forks
+FORKS.set_forkserver_preload(["torch", "numpy", "tqdm"])
 
 
 def lesson(name):
@@ -49,7 +53,7 @@ def lesson(name):
 
 
 def flags(name, steps, *more):
-    return [*TRAIN.split(), str(steps), *LESSONS[name].split(), *map(str, more)]
+    return ["--train", "--device", "cpu", "--steps", steps, *LESSONS[name].split(), *more]
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +67,19 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """OUT of a short training of every lesson."""
+    """OUT of a short training of every lesson, with all its checkpoints: 0.pt, 1.pt, ..."""
     for name in LESSONS:
-        call(lesson(name), *flags(name, 40, "--every", 20, "--out", f"whole/{name}"), cwd=folder)
+        module, out, number = lesson(name), folder / "whole" / name, itertools.count()
+        save = module.save_checkpoint
+
+        def save_and_keep(*args, **state):
+            save(*args, **state)
+            shutil.copy(out / "model.pt", out / f"{next(number)}.pt")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "save_checkpoint", save_and_keep)
+            call(module, *flags(name, 40, "--every", 20, "--out", out), cwd=folder)
     return folder / "whole"
-
-
-def start(name, folder, *more):
-    """The lesson in a process of its own, run from folder."""
-    return subprocess.Popen(
-        [sys.executable, ROOT / f"{name}.py", *map(str, more)], cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ONE_THREAD)
 
 
 def assert_equal(a, b):
@@ -85,59 +91,52 @@ def assert_equal(a, b):
             assert torch.equal(value, b[part][key]), (part, key)
 
 
-@each_lesson
-def test_help_names_every_flag(name, capsys):
-    """Without arguments the file prints its help: the docstring, and every row of HPARAMS."""
-    with pytest.raises(SystemExit) as stop:
-        lesson(name).main([])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and lesson(name).__doc__.splitlines()[0] in text
-    for flag in [*lesson(name).HPARAMS, *"train resume compile out size seed".split()]:
-        assert f"--{flag.replace('_', '-')} " in text
-
-
 @each_sampler
-def test_training_writes_what_it_promises(name, trained):
+def test_training_writes_what_it_promises(name, folder, trained):
+    """Pictures and samples. The checkpoint gives the same samples, with another seed others."""
     out = trained / name
-    for file in ("model.pt", "samples.png", "step_000020.png"):
-        assert (out / file).stat().st_size > 0
+    assert (out / "samples.png").stat().st_size * (out / "step_000020.png").stat().st_size > 0
     samples = np.load(out / "samples.npz")
-    shape = (24, 32, 32, 3) if name in SCENES else (20, 12, 12, 1)
-    shape = (3, 4, 16, 16, 3) if name == "video_diffusion" else shape
-    assert samples["arr_0"].shape == shape and samples["arr_0"].dtype == np.uint8
     if name in SCENES:
         prompts = lesson(name).PROMPTS
         assert samples["captions"].tolist() == [text for text in prompts for _ in range(4)]
-    elif name != "video_diffusion":
+        shape = (24, 32, 32, 3)
+    elif name == "video_diffusion":
+        shape = (3, 4, 16, 16, 3)
+    else:
         assert samples["labels"].tolist() == [0, 1] * 10
-
-
-@each_sampler
-def test_same_seed_same_samples(name, trained):
-    """Saved, loaded, sampled twice with one seed: the same bytes; with another seed, others."""
-    for file, seed in (("a", 1), ("b", 1), ("c", 2)):
-        call(lesson(name), "--sample", "--out", name, "--seed", seed, "--save", f"{file}.npz",
-             cwd=trained)
-    a, b, c = (np.load(trained / f"{file}.npz")["arr_0"] for file in "abc")
-    assert (a == b).all() and (a != c).any()
+        shape = (20, 12, 12, 1)
+    assert samples["arr_0"].shape == shape and samples["arr_0"].dtype == np.uint8
+    for seed in (0, 1):
+        call(lesson(name), "--sample", *LESSONS[name].split(), "--out", out, "--seed", seed,
+             "--save", "again.npz", cwd=folder)
+        again = np.load(folder / "again.npz")["arr_0"]
+        assert np.array_equal(again, samples["arr_0"]) == (seed == 0)
 
 
 @each_sampler
 def test_pretrained_is_the_default(name, tmp_path):
     """Without a model in OUT, --sample takes the one in pretrained/, from any folder."""
-    said = call(lesson(name), "--sample", "--num", 10, "--device", "cpu", cwd=tmp_path)
+    few = ["--sample-steps", 1] if "sample_steps" in lesson(name).HPARAMS else []
+    said = call(lesson(name), "--sample", "--num", 1, "--device", "cpu", *few, cwd=tmp_path)
     assert f"pretrained/{name}.pt" in said and (tmp_path / f"out/{name}/samples.npz").exists()
 
 
-@pytest.mark.parametrize("name", ["vqvae", *SCENES])
+@pytest.mark.parametrize("name", STAGES)
 def test_a_first_stage_alone_is_named(name, trained, tmp_path):
     """--sample draws noise from it; a checkpoint of the second stage also has `model`."""
     ckpt = lesson(name).load_checkpoint(trained / name / "model.pt")
     for stage in ("second", "first"):
         torch.save(ckpt, tmp_path / "model.pt")
-        said = call(lesson(name), "--sample", "--out", tmp_path, cwd=tmp_path)
+        said = call(lesson(name), "--sample", "--num", 1, "--out", tmp_path, cwd=tmp_path)
         assert ("only the first stage is trained" in said) == (stage == "first")
         ckpt.pop("model", None)
+
+
+def run(name, argv, folder):
+    """What a process of its own does. As many threads as here: other sums round otherwise."""
+    torch.set_num_threads(1)
+    call(lesson(name), *argv, cwd=folder)
 
 
 @each_lesson
@@ -145,16 +144,40 @@ def test_kill_and_resume_are_bit_equal(name, folder, trained):
     """Killed at a random moment while it writes checkpoints, then resumed: the same bits as the
     unbroken run. The other flags come from the checkpoint."""
     out = folder / "killed" / name
-    process = start(name, folder, *flags(name, 40, "--every", 1, "--out", out))
+    argv = flags(name, 40, "--every", 1, "--out", out)
+    process = FORKS.Process(target=run, args=(name, argv, folder))
+    process.start()
     while not (out / "model.pt").exists():
-        assert process.poll() is None, process.stdout.read()
+        assert process.is_alive()
         time.sleep(0.01)
     time.sleep(random.random() * 0.1)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert lesson(name).load_checkpoint(out / "model.pt")["step"] < 40
     call(lesson(name), "--train", "--resume", "--every", 40, "--out", out, cwd=folder)
     assert_equal(out / "model.pt", trained / name / "model.pt")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_either_stage_resumes_to_the_bit(name, folder, trained):
+    """From the end of the first stage, and from the middle of the second."""
+    out = folder / "again" / name
+    out.mkdir(parents=True)
+    for number in (0, 1):
+        shutil.copy(trained / name / f"{number}.pt", out / "model.pt")
+        call(lesson(name), "--train", "--resume", "--num", 1, "--out", out, cwd=folder)
+        assert_equal(out / "model.pt", trained / name / "model.pt")
+
+
+@each_sampler
+def test_the_average_is_one(name, trained):
+    """It moves from checkpoint to checkpoint, and is not the latest weights."""
+    half, end = (torch.load(trained / name / file, weights_only=True)
+                 for file in ("1.pt" if name in STAGES else "0.pt", "model.pt"))
+    averaged = {key: STAGES.get(name, "") + key for key in end["model"]}
+    assert any((end["ema"][key] != half["ema"][key]).any() for key in averaged.values())
+    assert any((end["ema"][b] != end["model"][a]).any() for a, b in averaged.items())
 
 
 def test_a_torn_write_leaves_the_old_checkpoint(trained, tmp_path, monkeypatch):
@@ -176,14 +199,15 @@ def test_a_torn_write_leaves_the_old_checkpoint(trained, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def doubled(folder):
-    """A training of every sampler by two processes, one lesson at a time, beside the tests."""
-    with ThreadPoolExecutor(1) as pool:
-        yield {name: pool.submit(
-            subprocess.run, [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                             "--nproc_per_node=2", "--", ROOT / f"{name}.py",
-                             *flags(name, 4, "--out", f"two/{name}")],
-            cwd=folder, capture_output=True, text=True, env=ONE_THREAD)
-            for name in LESSONS if USE[name] == ["--sample"]}
+    """Trainings of all samplers by two processes of torchrun, beside the other tests."""
+    runs = {name: [*map(str, flags(name, 4, "--out", f"two/{name}"))] for name in SAMPLERS}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               ROOT / "tests/ranks.py", json.dumps(runs)]
+    with open(folder / "two.txt", "w") as said:
+        process = subprocess.Popen(command, cwd=folder, stdout=said, stderr=said,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    yield process
+    process.terminate()
 
 
 @each_sampler
@@ -191,8 +215,7 @@ def test_two_processes_are_one(name, folder, doubled):
     """torchrun with two gloo processes ends with the averaged gradients (Adam's first moments) of
     one process with the same global batch, to the rounding of bf16."""
     call(lesson(name), *flags(name, 4, "--out", f"one/{name}"), cwd=folder)
-    both = doubled[name].result(timeout=300)
-    assert both.returncode == 0, both.stderr
+    assert doubled.wait(timeout=600) == 0, (folder / "two.txt").read_text()
     moments = []
     for out in ("one", "two"):
         state = lesson(name).load_checkpoint(folder / out / name / "model.pt")["optimizer"]
