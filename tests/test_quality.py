@@ -124,6 +124,7 @@ def test_scenes_are_what_the_caption_asks_for(lesson):
 def test_spheres_roll_as_the_law_says():
     """20 clips continued from two frames: both spheres stay, where the law of motion has them."""
     args, model = load(video_diffusion)
+    args.sample_steps = 20  # half as many as by default
     real, K, pose = video_diffusion.load_clips(args, "test", 20)
     hues = video_motion.find(real)[2]
     at, there, _ = video_motion.find(video_diffusion.generate(args, model, 20, [2]), hues)
@@ -135,6 +136,7 @@ def test_new_views_are_where_the_camera_says():
     """Of 20 test scenes, 7 views each from one picture: closer to the truth than the empty table,
     by the decibels of docs/results.md less chance, and with the spheres in their places."""
     args, model = load(video_diffusion, "video_diffusion_orbit")
+    args.sample_steps = 20
     scenes, K, pose = video_diffusion.random_world(
         "orbit", 20, args.frames, args.height, np.random.default_rng([args.seed, 1]))
     real, empty = (
