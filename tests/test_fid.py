@@ -1,15 +1,11 @@
 """fid.py against closed forms, brute force and published numbers."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from inprocess import call
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 import bench_fid
 import fid
 
