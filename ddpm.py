@@ -18,7 +18,8 @@ Notation   x (B, C, H, W) images in [-1, 1]; t (B,) time in 1..T; y (B,) class i
            and one more, `classes`, for "none"; abar (T + 1,) share of signal variance left at time
            t, abar[0] = 1; a_t is abar[t]; emb (B, D) embedding of t and y
 Papers     Ho et al. 2020 (DDPM); Nichol & Dhariwal 2021 (cosine schedule); Song et al. 2021 (DDIM);
-           Salimans & Ho 2022 (v); Ho & Salimans 2022 (guidance); Lu et al. 2022 (DPM-Solver++)
+           Salimans & Ho 2022 (v); Ho & Salimans 2022 (guidance); Lu et al. 2022 (DPM-Solver++);
+           Jordan et al. 2024 (Muon)
 """
 import argparse
 import copy
@@ -53,14 +54,15 @@ HPARAMS = {  # each row is a flag; --size picks the column. paper: the network o
     "dropout": (0.0, 0.1, 0.1, "in the residual blocks"),
     "predict": ("v", "v", "eps", "what the network outputs"),
     "schedule": ("cosine", "cosine", "linear", "how the noise grows with t"),
-    "steps": (3000, 30_000, 800_000, "training steps"),
+    "steps": (1100, 30_000, 800_000, "training steps"),
     "batch_size": (64, 256, 128, "images per step, over all GPUs"),
-    "lr": (3e-3, 5e-4, 2e-4, "peak learning rate"),
+    "lr": (3e-3, 5e-4, 2e-4, "peak learning rate of Adam: vectors, labels, first and last layer"),
+    "muon_lr": (0.01, 0.01, 0.01, "peak learning rate of Muon: all other matrices"),
     "flip": (0.0, 0.0, 0.5, "share of images mirrored in training; 0 for digits"),
     "every": (500, 2000, 20_000, "steps between checkpoints"),
     "sampler": ("dpm++", "dpm++", "ddpm", "how to step from noise to image"),
     "sample_steps": (20, 25, 1000, "number of sampling steps, at most T"),
-    "guidance": (1.5, 1.5, 1.0, "w: larger is more typical and less varied; 1 is off"),
+    "guidance": (1.75, 1.5, 1.0, "w: larger is more typical and less varied; 1 is off"),
 }
 CHOICES = {"predict": ["eps", "x0", "v"], "schedule": ["linear", "cosine"],
            "sampler": ["ddpm", "ddim", "dpm++"]}
@@ -292,6 +294,39 @@ def sample(model, x, y, args, on_step=None):
 # ---- 6. Training ---------------------------------------------------------------------------------
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum as a matrix (out, rest) with all singular values made about 1: rare directions learn
+    as fast as strong ones (Jordan et al. 2024). Weight decay keeps the weights small."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        for p in group["params"]:
+            if p.grad is not None:
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                m.lerp_(p.grad, 0.05)
+                x = F.normalize(p.grad.lerp(m, 0.95).flatten(1), dim=(0, 1))
+                for _ in range(5):  # Newton-Schulz: a polynomial that takes them to about 1
+                    a = x @ x.mT
+                    x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
+                p.mul_(1 - 0.3 * group["lr"])
+                p.sub_(x.view_as(p), alpha=group["lr"] * max(1, len(x) / x.shape[1]) ** 0.5)
+
+
+def optimizers(model, args):
+    """Muon for all matrices except those of the labels, the first and the last layer; Adam for the
+    rest."""
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        outside = p.ndim == 1 or name.startswith(("label", "conv_in", "conv_out"))
+        (others if outside else matrices).append(p)
+    return [Muon(matrices, args.muon_lr),
+            torch.optim.Adam(others, args.lr, (0.9, 0.95), fused=True)]
+
+
 def build(args):
     model = UNet(args.shape[0], args.classes, args.patch, args.width, args.mults, args.blocks,
                  args.attention, args.dropout).to(args.device)
@@ -314,12 +349,13 @@ def train(args, ckpt=None):
     torch.manual_seed(args.seed)
     model = build(args)
     ema = copy.deepcopy(model).requires_grad_(False).eval()  # averaged weights: better samples
-    opt = torch.optim.Adam(model.parameters(), args.lr, (0.9, 0.99), fused=True)
+    opts = optimizers(model, args)
     start = 0
     if ckpt:
         model.load_state_dict(ckpt["model"])
         ema.load_state_dict(ckpt["ema"])
-        opt.load_state_dict(ckpt["optimizer"])
+        for opt, state in zip(opts, ckpt["optimizer"]):
+            opt.load_state_dict(state)
         start = ckpt["step"]
     say(f"{args.device}: {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(images):,} images of {args.data}, {args.steps:,} steps of {args.batch_size}")
@@ -343,20 +379,21 @@ def train(args, ckpt=None):
         x0 = to_float(images[index])
         x0 = torch.where((mirror < args.flip)[:, None, None, None], x0.flip(3), x0)
         y = labels[index].masked_fill(drop < 0.1, args.classes)  # 10 % "none", which guidance needs
-        for group in opt.param_groups:  # warm up for 100 steps, then down to almost 0
-            group["lr"] = args.lr * min(1, step / 100) * (1 - (step - 1) / args.steps) ** 0.5
         with autocast(args):
             loss = diffusion_loss(net, x0, y, t, eps, abar, args.predict)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad()
+        rate = min(1, step / 100) * (1 - (step - 1) / args.steps)  # warm up, then to almost 0
+        for opt in opts:
+            opt.param_groups[0]["lr"] = rate * opt.defaults["lr"]
+            opt.step()
+            opt.zero_grad()
         ema_update(ema, model, step)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
         if RANK == 0 and (step % args.every == 0 or step == args.steps):
             save_checkpoint(args, step, model=model.state_dict(), ema=ema.state_dict(),
-                            optimizer=opt.state_dict())
+                            optimizer=[opt.state_dict() for opt in opts])
             save_png(args.out / f"step_{step:06}.png", grid(generate(args, ema, 50)[0], 10))
     return ema
 

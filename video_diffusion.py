@@ -13,6 +13,7 @@ Equations  add noise   x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps; a given fr
                        g_t = abar_t / (1 - abar_t), but at least 1 and at most 5
            sampling    x_T ~ N(0, I); estimate x_0 = f(x_t, t, rays); step to a smaller t; repeat
            guidance    f1 + w (f(x_t, t, rays) - f1), where f1 sees each frame by itself
+           chain rule  p(x^1, ..., x^F) = p(x^1) p(x^2, ..., x^F | x^1): first draw a picture
            camera      a point X of the world is seen at the pixel (u, v, 1) ~ K R^T (X - c); the
                        ray of a pixel is c + s d, d = R K^-1 (u, v, 1), for s > 0
            Pluecker    (d, c x d): the same for every point c of the ray
@@ -58,8 +59,9 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "mults": ([1], [1, 2], "channels of each level, in units of width; [1]: one level"),
     "blocks": (2, 2, "residual blocks per level"),
     "heads": (2, 4, "of the attention between frames"),
-    "picture_steps": (300, 5000, "first steps, on single pictures"),
-    "steps": (3600, 70_000, "training steps"),
+    "picture_steps": (600, 5000, "first steps, on single pictures"),
+    "picture_every": (2, 2, "afterwards, one step in so many is on pictures"),
+    "steps": (2800, 70_000, "training steps"),
     "batch_size": (8, 64, "clips per step, over all GPUs"),
     "lr": (3e-3, 5e-4, "peak learning rate of Adam: vectors, first and last layer"),
     "muon_lr": (0.03, 0.03, "peak learning rate of Muon: all other matrices"),
@@ -360,7 +362,7 @@ class FrameBlock(nn.Module):
     """Two 2-D convolutions and a shortcut; the time t adds one value per channel in between. Then
     what joins frames: a convolution over 7 of them (after 3 x 3 in space it makes a 3-D convolution
     in two parts) and, with heads, attention. Both start at zero, so that a clip starts as a pile of
-    pictures; single pictures skip them (frames = 0)."""
+    pictures; a single picture, a clip of one frame, skips them."""
 
     def __init__(self, C_in, C_out, D, heads=0):
         super().__init__()
@@ -379,7 +381,7 @@ class FrameBlock(nn.Module):
         h = h + self.emb(F.silu(emb))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         x = self.skip(x) + h
-        if frames:
+        if frames > 1:
             h = F.silu(self.norm3(x)).flatten(2).unflatten(0, (-1, frames)).transpose(1, 2)
             h = self.conv3(h)  # (B, C_out, F, h w)
             x = x + h.transpose(1, 2).reshape(x.shape)
@@ -418,10 +420,9 @@ class VideoUNet(nn.Module):
         self.norm_out = group_norm(ch)
         self.conv_out = zero(nn.Conv2d(ch, C * patch**2, 3, padding=1))
 
-    def forward(self, x, t, rays, pictures=False):
-        """x (B, F, C, H, W), t (B, F), rays (B, F, 34, H / patch, W / patch) -> as x. pictures:
-        every frame is a picture by itself."""
-        frames = 0 if pictures else x.shape[1]
+    def forward(self, x, t, rays):
+        """x (B, F, C, H, W), t (B, F), rays (B, F, 34, H / patch, W / patch) -> as x."""
+        frames = x.shape[1]
         emb = self.time_mlp(time_embedding(t.flatten(), self.width))  # (B F, D)
         rays = rays.flatten(0, 1)
         h = F.pixel_unshuffle(x.flatten(0, 1), self.patch)  # (B F, C patch^2, H / patch, W / patch)
@@ -466,12 +467,12 @@ def draw_given(B, frames, device):
     return given
 
 
-def video_loss(model, x0, rays, t, eps, abar, pictures):
+def video_loss(model, x0, rays, t, eps, abar):
     """Squared error of the estimate of x_0 (B, F, C, H, W), per clip the mean over the frames that
     are not given, those with t > 0. The less noise, the finer what is still to be learned: the
     weight is the signal-to-noise ratio, within 1 to 5 (Hang et al. 2023, with a floor)."""
     a_t = abar[t][:, :, None, None, None]
-    out = model(q_sample(x0, eps, a_t), t, rays, pictures)
+    out = model(q_sample(x0, eps, a_t), t, rays)
     error = ((a_t / (1 - a_t)).clamp(1, 5) * (out - x0).square()).mean(dim=(2, 3, 4))  # (B, F)
     return ((error * (t > 0)).sum(1) / (t > 0).sum(1).clamp(min=1)).mean()
 
@@ -489,7 +490,13 @@ def ancestral_step(xt, x0, a_t, a_s, z):
 
 @torch.no_grad()
 def sample(model, clean, given, rays, args):
-    """Clips (B, F, C, H, W) from noise; given (B, F) frames are those of clean, at t = 0."""
+    """Clips (B, F, C, H, W) from noise; given (B, F) frames are those of clean, at t = 0. Clips of
+    which nothing is given begin with a drawn picture."""
+    nothing = ~given.any(dim=1)
+    if nothing.any() and clean.shape[1] > 1:
+        clean, given = clean.clone(), given.clone()
+        clean[nothing, :1] = sample(model, *(a[nothing, :1] for a in (clean, given, rays)), args)
+        given[nothing, 0] = True
     abar = cosine_abar().tolist()
     keep, x = given[:, :, None, None, None], torch.randn_like(clean)
     times = [round(T * i / args.sample_steps) for i in range(args.sample_steps, -1, -1)]
@@ -497,8 +504,8 @@ def sample(model, clean, given, rays, args):
         x = torch.where(keep, clean, x)
         tt = torch.where(given, 0, t)
         x0 = model(x, tt, rays)
-        if args.guidance != 1:  # go further in the direction in which the other frames change it
-            alone = model(x, tt, rays, pictures=True)
+        if args.guidance != 1 and clean.shape[1] > 1:  # go further where the other frames pull it
+            alone = model(*(a.flatten(0, 1)[:, None] for a in (x, tt, rays))).view_as(x)
             x0 = alone + args.guidance * (x0 - alone)
         x = ancestral_step(x, x0.clamp(-1, 1), abar[t], abar[s], torch.randn_like(x))
     return torch.where(keep, clean, x)
@@ -577,24 +584,27 @@ def train(args, ckpt=None):
         # Every step has its own seed: --resume continues exactly, and the processes of torchrun,
         # number RANK of WORLD, draw the same global batch, of which each takes its share.
         torch.manual_seed(args.seed * 10_000_000 + step)
-        # first single pictures, then clips; one step in eight stays on pictures (Ho et al. 2022)
-        pictures = step <= args.picture_steps or step % 8 == 0
-        index = torch.randint(len(clips), (B,), device=device)
-        u = torch.arange(B * frames, device=device).view(B, frames) / (B * frames)
-        u = (u + torch.rand((), device=device)) % 1  # evenly spread over the batch
+        # First single pictures, each of another clip; then clips and pictures in turns (Ho et al.
+        # 2022).
+        pictures = step <= args.picture_steps or step % args.picture_every == 0
+        n, frame = B, torch.arange(frames, device=device).expand(B, -1)
+        if pictures:
+            n, frame = B * frames, torch.randint(frames, (B * frames, 1), device=device)
+        index = torch.randint(len(clips), (n, 1), device=device)
+        u = (torch.arange(n, device=device) / n + torch.rand((), device=device)) % 1  # even spread
         # With little noise each frame shows by itself where things are. Motion is learned where
         # there is much, so every second clip gets a large t.
         u[::2] = u[::2] ** 0.2
-        t = (T * u).ceil().long().clamp(min=1)
+        t = (T * u).ceil().long().clamp(min=1)[:, None]
         if not pictures:  # one t for all frames of a clip, and 0 for those that are given
-            t = torch.where(draw_given(B, frames, device), 0, t[:, :1])
-        eps = torch.randn(B, *args.shape, device=device)
-        drop = torch.rand(B, 1, 1, 1, 1, device=device)
-        index, t, eps, drop = (a[RANK::WORLD] for a in (index, t, eps, drop))
-        rays = camera_rays(K[index], pose[index], *args.shape[2:], args.patch)
+            t = torch.where(draw_given(B, frames, device), 0, t)
+        eps = torch.randn(*t.shape, *args.shape[1:], device=device)
+        drop = torch.rand(n, 1, 1, 1, 1, device=device)
+        index, frame, t, eps, drop = (a[RANK::WORLD] for a in (index, frame, t, eps, drop))
+        rays = camera_rays(K[index, frame], pose[index, frame], *args.shape[2:], args.patch)
         rays = rays * (drop > 0.1)  # 10 % withheld, to show what the camera is good for
         with autocast(args):
-            loss = video_loss(net, to_float(clips[index]), rays, t, eps, abar, pictures)
+            loss = video_loss(net, to_float(clips[index, frame]), rays, t, eps, abar)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         rate = min(1, step / 100) * (1 - (step - 1) / args.steps)  # warm up, then to almost 0

@@ -33,7 +33,7 @@ def ours(args, x):
 
     def loss():
         t = torch.randint(1, vd.T + 1, (B, 1), device=args.device).expand(B, frames)
-        return vd.video_loss(model, x, rays, t, torch.randn_like(x), abar, pictures=False)
+        return vd.video_loss(model, x, rays, t, torch.randn_like(x), abar)
 
     return model, loss, lambda: vd.sample(model, x, given, rays, one)
 

@@ -100,7 +100,7 @@ def load_judge():
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--models", type=Path, nargs="+", help="checkpoints, instead of training")
-    p.add_argument("--steps", type=int, default=3000, help="of training, for each target")
+    p.add_argument("--steps", type=int, default=1100, help="of training, for each target")
     p.add_argument("--num", type=int, default=1000, help="samples for FD and accuracy")
     p.add_argument("--out", type=Path, default=Path("out/ddpm_targets"))
     a = p.parse_args(argv)
@@ -115,7 +115,7 @@ def main(argv=None):
     heights = [0.8] * len(models) + [3]
     figure, rows = plt.subplots(len(heights), height_ratios=heights, figsize=(8, sum(heights)),
                                 layout="constrained")
-    print("| target | steps | w = 1: FD, accuracy | w = 1.5: FD, accuracy | bits/dim | L_T | L_0 |")
+    print("| target | steps | w = 1: FD, accuracy | w = 1.75: FD, accuracy | bits/dim | L_T | L_0 |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for path, row in zip(models, rows):
         ckpt = ddpm.load_checkpoint(path)
@@ -123,7 +123,7 @@ def main(argv=None):
         model = ddpm.build(args).eval()
         model.load_state_dict(ckpt["ema"])
         cells = []
-        for args.guidance in (1.0, 1.5):
+        for args.guidance in (1.0, 1.75):
             images, labels = ddpm.generate(args, model, a.num)
             cells.append("{:.3f}, {:.3f}".format(*score(images, labels)))
         row.imshow(ddpm.grid(images[:10], 10))

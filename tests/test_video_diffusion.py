@@ -179,13 +179,16 @@ def network(random_time=True):
     return net, {"x": x, "t": torch.randint(1, 1000, (2, 4)), "rays": rays}
 
 
+def pile(clip):
+    """The frames of a clip, each as a clip of one frame."""
+    return {key: a.flatten(0, 1)[:, None] for key, a in clip.items()}
+
+
 def test_a_clip_starts_as_a_pile_of_pictures():
     """Before training the layers over time change nothing; after two steps all of them learn. Each
     parameter has one optimiser: Muon has the matrices inside the network."""
     net, clip = network(random_time=False)
-    alone = net(**{key: a.flatten(0, 1)[:, None] for key, a in clip.items()}).view_as(clip["x"])
-    for pictures in (False, True):
-        assert torch.allclose(net(**clip, pictures=pictures), alone, atol=1e-5)
+    assert torch.allclose(net(**clip), net(**pile(clip)).view_as(clip["x"]), atol=1e-5)
     opt = torch.optim.SGD(net.parameters(), 0.1)
     for _ in range(2):
         opt.zero_grad()
@@ -202,16 +205,14 @@ def test_a_clip_starts_as_a_pile_of_pictures():
 
 @torch.no_grad()
 def test_who_sees_whom():
-    """Pictures are alone: what changes in one changes its answer alone. In a clip all frames see
-    it, and their order counts."""
+    """What changes in one frame changes the answer of its clip alone, there of all frames; and
+    their order counts."""
     (net, clip), order = network(), torch.tensor([2, 0, 3, 1])
-    for what, pictures in itertools.product(clip, (True, False)):
+    for what in clip:
         other = {key: a.clone() for key, a in clip.items()}
         other[what][0, 1] = 900 - other[what][0, 1]
-        difference = net(**clip, pictures=pictures) - net(**other, pictures=pictures)
-        want = torch.zeros(2, 4, dtype=torch.bool)
-        want[0, 1 if pictures else slice(None)] = True
-        assert torch.equal(difference.abs().amax(dim=(2, 3, 4)) > 1e-6, want)
+        changed = (net(**clip) - net(**other)).abs().amax(dim=(2, 3, 4)) > 1e-6
+        assert changed[0].all() and not changed[1].any()
     turned = net(**{key: a[:, order] for key, a in clip.items()})
     assert (net(**clip)[:, order] - turned).abs().max() > 1e-3
 
@@ -274,58 +275,96 @@ def test_loss_by_hand():
     x0, eps, abar = torch.rand(3, 3, 1, 2, 2), torch.randn(3, 3, 1, 2, 2), vd.cosine_abar().float()
     t, a = torch.tensor([[0, 0, 500], [300, 300, 300], [50, 50, 50]]), abar[500]
 
-    def model(x, time, rays, pictures):
+    def model(x, time, rays):
         assert torch.equal(x[0, :2], x0[0, :2]) and torch.equal(time, t) and rays == "rays"
         assert torch.allclose(x[0, 2], a**0.5 * x0[0, 2] + (1 - a) ** 0.5 * eps[0, 2])
         return x0 + torch.tensor([[9.0, 9, 1], [2, 3, 4], [1, 1, 1]])[:, :, None, None, None]
 
-    loss = vd.video_loss(model, x0, "rays", t, eps, abar, False)
+    loss = vd.video_loss(model, x0, "rays", t, eps, abar)
     low, middle, high = (abar[i] / (1 - abar[i]) for i in (500, 300, 50))  # signal to noise
     assert low < 1 < middle < 5 < high
     assert loss.item() == pytest.approx((1 + middle.item() * (4 + 9 + 16) / 3 + 5) / 3, rel=1e-5)
 
 
 def test_what_a_step_sees(tmp_path, monkeypatch):
-    """Pictures: a t per frame. Clips: one t, or 0 if given; every second one has much noise."""
-    seen = []
+    """Pictures: one frame of each of many clips. Clips: one t, or 0 if given. Every second one has
+    much noise."""
+    clips, seen = torch.zeros(300, 4, 3, 8, 8, dtype=torch.uint8), []
+    clips += torch.arange(4).view(4, 1, 1, 1).byte()  # frame f shows f, of channel 1 the clip
+    clips[:, :, 1] = (torch.arange(300) % 200).byte().view(300, 1, 1, 1)
 
-    def spy(model, x0, rays, t, eps, abar, pictures):
-        seen.append((t, rays.flatten(1).any(1), pictures))
+    def spy(model, x0, rays, t, eps, abar):
+        assert x0.shape == eps.shape and x0.shape[:2] == t.shape == rays.shape[:2]
+        seen.append((x0[:, :, :2, 0, 0], rays.flatten(2).any(2), t))
         return sum(p.sum() for p in model.parameters()) * 0
 
     monkeypatch.setattr(vd, "video_loss", spy)
-    call(vd, "--train", *SMALL, *"--steps 40 --every 40 --batch-size 64".split(), cwd=tmp_path)
-    for step, (t, _, pictures) in enumerate(seen, 1):
-        top = t.amax(1, keepdim=True)
-        assert pictures == (step == 1 or step % 8 == 0)
-        assert (t > 0).all() and (t != top).any() if pictures else ((t == 0) | (t == top)).all()
-    much = torch.stack([t.amax(1) for t, _, pictures in seen if not pictures]) > 500
-    assert much[:, ::2].float().mean() > 0.94 and 0.45 < much[:, 1::2].float().mean() < 0.55
-    known = torch.stack([t == 0 for t, _, pictures in seen if not pictures]).float().mean((0, 1))
+    load, camera = vd.load_clips, vd.fixed_camera(300, 4, 8)
+    monkeypatch.setattr(vd, "load_clips", lambda args, split, num: (
+        (clips, *camera) if split == "train" else load(args, split, num)))
+    flags = "--steps 40 --every 40 --batch-size 64 --picture-every 4"
+    call(vd, "--train", *SMALL, *flags.split(), cwd=tmp_path)
+    shapes = [t.shape for _, _, t in seen]
+    assert shapes == [(256, 1) if i == 1 or i % 4 == 0 else (64, 4) for i in range(1, 41)]
+    for frame, clip in ((x * 127.5 + 127.5).round().unbind(2) for x, _, _ in seen):
+        if frame.shape[1] == 1:  # all frames, and hardly any clip twice
+            assert frame.unique().tolist() == [0, 1, 2, 3] and len(clip.unique()) > 120
+        else:
+            assert (frame == torch.arange(4)).all() and (clip == clip[:, :1]).all()
+    pictures, films = ([t for _, _, t in seen if t.shape[1] == n] for n in (1, 4))
+    assert all(((t == 0) | (t == t.amax(1, keepdim=True))).all() for t in films)
+    for parts in (pictures, films):
+        much = torch.stack([t.amax(1) for t in parts]) > 500
+        assert much[:, ::2].float().mean() > 0.94 and 0.45 < much[:, 1::2].float().mean() < 0.55
+    assert all((t > 0).all() for t in pictures)
+    known = (torch.stack(films) == 0).float().mean((0, 1))
     assert torch.allclose(known, torch.tensor([2 / 3, 1 / 3, 0, 0.1]), atol=0.05)
-    assert 0.87 < torch.cat([rays for _, rays, _ in seen]).float().mean() < 0.93  # 10 % withheld
+    rays = torch.cat([rays.flatten() for _, rays, _ in seen]).float()
+    assert 0.87 < rays.mean() < 0.93  # 10 % withheld
+
+
+RHO, SD = 0.8, 0.1
+
+
+def exact(x, t, rays):
+    """E[x_0 | x_t] of frames that are normal with deviation SD: of a single one, or of the second
+    of two with correlation RHO, of which the first is given."""
+    two = x.shape[1] == 2
+    mean, var = (RHO * x[:, :1], (1 - RHO**2) * SD**2) if two else (0.0, SD**2)
+    assert not two or (t[:, 0] == 0).all()
+    a = vd.cosine_abar().tolist()[t[0, -1]]
+    return mean + a**0.5 * var / (a * var + 1 - a) * (x - a**0.5 * mean)
+
+
+def test_from_nothing():
+    """The first frame is a picture, the second is drawn given it: right alone and together; where
+    something is given, it stays."""
+    torch.manual_seed(0)
+    args, given = SimpleNamespace(sample_steps=100, guidance=1.0), torch.zeros(6000, 2).bool()
+    given[4000:, 0] = True
+    clean = torch.full((6000, 2, 1, 1, 1), 0.15)
+    before = clean.clone(), given.clone()
+    found = vd.sample(exact, clean, given, torch.zeros(6000, 2), args)
+    assert torch.equal(clean, before[0]) and torch.equal(given, before[1])  # not changed in place
+    pairs, rest = found.flatten(1).split([4000, 2000])
+    assert pairs.std(0).tolist() == pytest.approx([SD, SD], rel=0.15)
+    assert pairs.T.corrcoef()[0, 1].item() == pytest.approx(RHO, abs=0.05)
+    assert (rest[:, 0] == 0.15).all() and rest[:, 1].mean().item() == pytest.approx(0.12, abs=0.01)
 
 
 @pytest.mark.parametrize("known", [False, True])
 def test_sampler_on_gaussians(known):
-    """Two frames, normal with correlation 0.8 and standard deviation 0.1: the network is the exact
-    E[x_0 | x_t]. Few steps end in the mean and deviation that follow from Bayes' rule, step by
-    step; many nearly in those of frame 2, or of frame 2 given frame 1: the variance of q is right
-    for data that are one point, and a little too small for others."""
-    rho, sd, abar = 0.8, 0.1, vd.cosine_abar().tolist()
-    clean = torch.full((8000, 2, 1, 1, 1), 0.15)
-    given = torch.tensor([[known, False]]).expand(8000, 2)
-    mean, var = (rho * 0.15, (1 - rho**2) * sd**2) if known else (0.0, sd**2)
-
-    def model(x, t, rays):
-        assert not known or (x[:, 0] == 0.15).all() and (t[:, 0] == 0).all()
-        a = abar[t[0, 1]]
-        return mean + a**0.5 * var / (a * var + 1 - a) * (x - a**0.5 * mean)
-
+    """The network is exact. Few steps end in the mean and deviation that follow from Bayes' rule,
+    step by step; many nearly in those of a single frame, or of frame 2 given frame 1: the variance
+    of q is right for data that are one point, and a little too small for others."""
+    abar = vd.cosine_abar().tolist()
+    clean = torch.full((8000, 1 + known, 1, 1, 1), 0.15)
+    given = torch.tensor([known, False][-1 - known:]).expand(8000, -1)
+    mean, var = (RHO * 0.15, (1 - RHO**2) * SD**2) if known else (0.0, SD**2)
     for steps in (3, 7, 250):
         torch.manual_seed(steps)
         args = SimpleNamespace(sample_steps=steps, guidance=1.0)
-        found = vd.sample(model, clean, given, torch.zeros(1), args)
+        found = vd.sample(exact, clean, given, torch.zeros(given.shape), args)
         m, v = 0.0, 1.0
         levels = [abar[round(1000 * i / steps)] for i in range(steps, -1, -1)]
         for a, b in zip(levels, levels[1:]):
@@ -339,20 +378,26 @@ def test_sampler_on_gaussians(known):
                 of_0 = known_0 * b**0.5 / (known_t + known_0)
                 m = (of_t + of_0 * slope) * m + of_0 * start
                 v = (of_t + of_0 * slope) ** 2 * v + 1 / (known_t + known_0)
-        assert found[:, 1].mean().item() == pytest.approx(m, abs=5 * (v / 8000) ** 0.5)
-        assert found[:, 1].std().item() == pytest.approx(v**0.5, rel=0.04)
+        assert found[:, -1].mean().item() == pytest.approx(m, abs=5 * (v / 8000) ** 0.5)
+        assert found[:, -1].std().item() == pytest.approx(v**0.5, rel=0.04)
         assert not known or (found[:, 0] == 0.15).all()
     assert (m, v**0.5) == (pytest.approx(mean, abs=1e-3), pytest.approx(var**0.5, rel=0.12))
 
 
 def test_guidance():
-    """x_0 is alone + w (joined - alone); camera 0 shows the network no rays."""
-    model = lambda x, t, rays, pictures=False: torch.full_like(x, 0.1 if pictures else 0.3)
-    x, given = torch.randn(2, 4, 1, 2, 2), torch.zeros(2, 4, dtype=torch.bool)
+    """x_0 is alone + w (joined - alone), and a frame alone has its own t and rays; camera 0 shows
+    the network no rays."""
+    def model(x, t, rays):
+        answer = rays + 0.1 * (t == 0) + 0.1 if x.shape[1] == 1 else torch.full(t.shape, 0.3)
+        return answer[..., None, None, None].expand_as(x)
+
+    x, given = torch.randn(2, 4, 1, 2, 2), torch.tensor([[True, False, False, False]] * 2)
+    rays = torch.rand(2, 4) / 10
     for w in (0.0, 1.0, 2.5):
         args = SimpleNamespace(sample_steps=3, guidance=w)
-        found = vd.sample(model, x, given, torch.ones(1), args)
-        assert torch.allclose(found, torch.full_like(x, 0.1 + w * 0.2), atol=1e-6)
+        found = vd.sample(model, x, given, rays, args)
+        alone = (0.1 + rays)[:, 1:, None, None, None].expand(-1, -1, 1, 2, 2)
+        assert torch.allclose(found[:, 1:], alone + w * (0.3 - alone), atol=1e-6)
     args, seen = vd.parse_args(["--data", "orbit", "--device", "cpu"]), []
     args.shape, args.guidance, args.sample_steps = [8, 3, 32, 32], 1, 1
     for camera in (1, 0):
