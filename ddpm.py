@@ -317,12 +317,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model, args):
-    """Muon for all matrices except those of the labels, the first and the last layer; Adam for the
-    rest."""
+    """Muon for the matrices inside the network; Adam for vectors, labels, first and last layer."""
     matrices, others = [], []
     for name, p in model.named_parameters():
-        outside = p.ndim == 1 or name.startswith(("label", "conv_in", "conv_out"))
-        (others if outside else matrices).append(p)
+        inside = p.ndim > 1 and not name.startswith(("conv_", "label"))
+        (matrices if inside else others).append(p)
     return [Muon(matrices, args.muon_lr),
             torch.optim.Adam(others, args.lr, (0.9, 0.95), fused=True)]
 

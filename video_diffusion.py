@@ -537,10 +537,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model, args):
-    """Muon for all matrices except those of the first and the last layer; Adam for the rest."""
+    """Muon for the matrices inside the network; Adam for vectors, first and last layer."""
     matrices, others = [], []
     for name, p in model.named_parameters():
-        (matrices if p.ndim > 1 and "conv_" not in name else others).append(p)
+        inside = p.ndim > 1 and not name.startswith("conv_")
+        (matrices if inside else others).append(p)
     return [Muon(matrices, args.muon_lr),
             torch.optim.Adam(others, args.lr, (0.9, 0.95), fused=True)]
 
@@ -584,12 +585,12 @@ def train(args, ckpt=None):
         # Every step has its own seed: --resume continues exactly, and the processes of torchrun,
         # number RANK of WORLD, draw the same global batch, of which each takes its share.
         torch.manual_seed(args.seed * 10_000_000 + step)
-        # First single pictures, each of another clip; then clips and pictures in turns (Ho et al.
-        # 2022).
+        # first pictures, each from a clip of its own; then clips and pictures in turns (Ho et al.)
         pictures = step <= args.picture_steps or step % args.picture_every == 0
-        n, frame = B, torch.arange(frames, device=device).expand(B, -1)
+        n = B * frames if pictures else B
+        frame = torch.arange(frames, device=device).expand(n, -1)  # (n, F); of pictures (n, 1)
         if pictures:
-            n, frame = B * frames, torch.randint(frames, (B * frames, 1), device=device)
+            frame = torch.randint(frames, (n, 1), device=device)
         index = torch.randint(len(clips), (n, 1), device=device)
         u = (torch.arange(n, device=device) / n + torch.rand((), device=device)) % 1  # even spread
         # With little noise each frame shows by itself where things are. Motion is learned where

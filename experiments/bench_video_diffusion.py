@@ -29,6 +29,7 @@ def ours(args, x):
     K, pose = (a.to(args.device) for a in vd.fixed_camera(B, frames, args.height))
     rays = vd.camera_rays(K, pose, args.height, args.height, args.patch)
     given = torch.zeros(B, frames, dtype=torch.bool, device=args.device)
+    given[:, 0] = True  # else a picture would be drawn first
     one = argparse.Namespace(sample_steps=1, guidance=1.0)
 
     def loss():
