@@ -44,8 +44,8 @@ USE = {name: ["--sample"] for name in LESSONS} | {"fid": ["own.npz", "own.npz"]}
 each_lesson = pytest.mark.parametrize("name", LESSONS)
 SAMPLERS = [name for name in LESSONS if name != "fid"]
 each_sampler = pytest.mark.parametrize("name", SAMPLERS)
-FORKS = multiprocessing.get_context("forkserver")  # imports torch once, then forks
-FORKS.set_forkserver_preload(["torch", "numpy", "tqdm"])
+FORKS = multiprocessing.get_context("forkserver")  # imports once, then forks
+FORKS.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "tqdm"])
 
 
 def lesson(name):
