@@ -19,7 +19,7 @@ Notation   x (B, 3, 32, 32) images in [-1, 1]; z, z_q (B, 8, 8, d) before and af
            e: vectors (K, d); codes (B, 8, 8) in 0..K-1, flat for the transformer: (B, n), the first
            n in reading order; text (B, N): tokens of words 0..V-1, then pads
 Papers     Ramesh et al. 2021 (DALL-E); van den Oord et al. 2017 (VQ-VAE); Vaswani et al. 2017
-           (transformer); Ho & Salimans 2022 (guidance)
+           (transformer); Ho & Salimans 2022 (guidance); Jordan et al. 2024 (Muon)
 """
 import argparse
 import copy
@@ -55,7 +55,8 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "heads": (4, 8, "its attention heads, a divisor of width"),
     "steps": (3200, 50_000, "training steps of the second stage, the transformer"),
     "batch_size": (64, 256, "scenes per step of either stage, over all GPUs"),
-    "lr": (3e-3, 5e-4, "peak learning rate of the transformer"),
+    "lr": (3e-3, 5e-4, "peak learning rate of its Adam: vectors, embeddings, heads"),
+    "muon_lr": (0.02, 0.01, "peak learning rate of its Muon: matrices of the blocks"),
     "every": (500, 5000, "steps between checkpoints"),
     "guidance": (2.0, 2.0, "w: larger is more faithful to the text and less varied; 1 is off"),
 }
@@ -471,16 +472,27 @@ def load_tokens(args, model, n, split, pairs):
     return to_tokens(texts).to(args.device), codes_of(model.autoencoder, images).flatten(1)
 
 
+def optimizers(transformer, args):
+    """Muon for the matrices of the blocks: it makes all singular values of a step about 1, so that
+    rare directions learn as fast as strong ones (Jordan et al. 2024). Adam for the rest."""
+    matrices, others = [], []
+    for name, p in transformer.named_parameters():
+        (matrices if p.ndim == 2 and name.startswith("blocks") else others).append(p)
+    return [torch.optim.Muon(matrices, args.muon_lr, weight_decay=0.3),
+            torch.optim.Adam(others, args.lr, (0.9, 0.95), fused=True)]
+
+
 def train_transformer(args, model, ckpt):
     """Second stage, over the codes of the first. model.transformer becomes the average of net."""
     text, codes = load_tokens(args, model, args.scenes, "train", "seen")
     tests = [load_tokens(args, model, 250, "test", pairs) for pairs in ("seen", "held-out")]
     net = copy.deepcopy(model.transformer)
-    opt = torch.optim.Adam(net.parameters(), args.lr, (0.9, 0.95), fused=True)
+    opts = optimizers(net, args)
     start = ckpt["step"] if ckpt else 0
     if ckpt:
         net.load_state_dict(ckpt["model"])
-        opt.load_state_dict(ckpt["optimizer"])
+        for opt, state in zip(opts, ckpt["optimizer"]):
+            opt.load_state_dict(state)
     if args.compile:
         net.compile()
     ddp = DistributedDataParallel(net) if WORLD > 1 else net
@@ -491,20 +503,21 @@ def train_transformer(args, model, ckpt):
         index = torch.randint(len(codes), (args.batch_size,), device=args.device)[RANK::WORLD]
         drop = torch.rand(args.batch_size, 1, device=args.device)[RANK::WORLD]
         given = torch.where(drop < 0.1, net.none, text[index])  # 10 % empty, which guidance needs
-        for group in opt.param_groups:
-            group["lr"] = args.lr * min(1, step / 100) * (1 - (step - 1) / args.steps)
         with autocast(args):
             loss, nats = stream_loss(ddp, given, codes[index])
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad()
+        rate = min(1, step / 100) * (1 - (step - 1) / args.steps)
+        for opt in opts:
+            opt.param_groups[0]["lr"] = rate * opt.defaults["lr"]
+            opt.step()
+            opt.zero_grad()
         ema_update(model.transformer, net, step)
         if step % 20 == 0:
             bar.set_postfix_str(f"{nats.item() / math.log(2):.3f} bits per code")
         if RANK == 0 and (step % args.every == 0 or step == args.steps):
             save_checkpoint(args, step, ema=model.state_dict(), model=net.state_dict(),
-                            optimizer=opt.state_dict())
+                            optimizer=[opt.state_dict() for opt in opts])
             with torch.no_grad():
                 nats = [stream_loss(model.transformer, *tokens)[1].item() for tokens in tests]
             tqdm.write(f"transformer, step {step:,}: {nats[0] / math.log(2):.3f} bits per code in "

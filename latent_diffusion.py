@@ -3,7 +3,7 @@
     python latent_diffusion.py --train            scenes of two digits, in minutes on a laptop
     python latent_diffusion.py --sample           six prompts, from your model or the pretrained one
     python latent_diffusion.py --prompt "a red seven left of a blue two" --prompt "an orange nine"
-    python latent_diffusion.py --train --size flux --out out/flux        Flux instead of the U-Net
+    python latent_diffusion.py --train --size unet --out out/unet        a U-Net instead of Flux
     python latent_diffusion.py --describe --size paper      the U-Net of Stable Diffusion 1, printed
 
 First stage: an autoencoder compresses images to latents, a quarter as high and wide. Second stage:
@@ -25,7 +25,8 @@ Notation   x (B, 3, 32, 32) images in [-1, 1]; z (B, D, 8, 8) latents; t (B,) ti
            (B, N, E) their embeddings
 Papers     Rombach et al. 2022 (latent diffusion); Peebles & Xie 2023 (DiT, adaLN-Zero); Liu et al.
            2023 (rectified flow); Lipman et al. 2023 (flow matching); Esser et al. 2024 (SD 3);
-           Song et al. 2021 (DDIM); Salimans & Ho 2022 (v); Ho & Salimans 2022 (guidance)
+           Song et al. 2021 (DDIM); Salimans & Ho 2022 (v); Ho & Salimans 2022 (guidance); Jordan
+           et al. 2024 (Muon)
 """
 import argparse
 import copy
@@ -48,8 +49,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-SIZES = ("small", "flux", "base", "paper")
-HPARAMS = {  # each row is a flag; --size picks the column. paper: the U-Net of Stable Diffusion 1
+SIZES = ("small", "unet", "base", "paper")
+HPARAMS = {  # each row is a flag; --size picks the column: Flux, a U-Net, and in paper that of SD 1
     "scenes": (60_000, 60_000, 200_000, 200_000, "number of training scenes"),
     "latent_dim": (4, 4, 4, 4, "D: channels of the latents"),
     "ae_width": (64, 64, 128, 128, "channels of encoder and decoder"),
@@ -57,8 +58,8 @@ HPARAMS = {  # each row is a flag; --size picks the column. paper: the U-Net of 
     "ae_lr": (2e-3, 2e-3, 1e-3, 1e-4, "its peak learning rate"),
     "text_width": (64, 64, 256, 768, "E: channels of the text encoder"),
     "text_layers": (2, 2, 4, 12, "its transformer blocks"),
-    "backbone": ("unet", "flux", "unet", "unet", "network of the second stage"),
-    "objective": ("v", "flow", "v", "eps", "its target: eps, x0 or v of a diffusion, or flow"),
+    "backbone": ("flux", "unet", "unet", "unet", "network of the second stage"),
+    "objective": ("flow", "v", "v", "eps", "its target: eps, x0 or v of a diffusion, or flow"),
     "coordinates": (1, 1, 1, 0, "1: row and column are two more channels of its input"),
     "channels": ([64, 64], [64, 64], [192, 384], [320, 640, 1280, 1280], "unet: per resolution"),
     "layers": (1, 1, 2, 2, "unet: ResNet blocks per resolution"),
@@ -69,12 +70,13 @@ HPARAMS = {  # each row is a flag; --size picks the column. paper: the U-Net of 
     "double": (2, 2, 4, 19, "flux: blocks with separate weights for text and image"),
     "single": (2, 2, 8, 38, "flux: blocks with shared weights"),
     "flux_heads": (4, 4, 8, 24, "flux: attention heads"),
-    "steps": (3000, 5500, 50_000, 500_000, "training steps of the second stage"),
+    "steps": (1000, 1500, 50_000, 500_000, "training steps of the second stage"),
     "batch_size": (64, 64, 512, 2048, "scenes per step of either stage, over all GPUs"),
-    "lr": (4e-3, 2e-3, 3e-4, 1e-4, "peak learning rate of the second stage"),
+    "lr": (2e-3, 4e-3, 3e-4, 1e-4, "peak learning rate of its Adam"),
+    "muon_lr": (0.01, 0.01, 0.01, 0.01, "and of its Muon, which has most matrices"),
     "every": (500, 500, 5000, 10_000, "steps between checkpoints"),
     "sample_steps": (25, 25, 25, 50, "number of sampling steps, at most T"),
-    "guidance": (3.0, 5.0, 3.0, 7.5, "w: larger is more faithful to the text and less varied"),
+    "guidance": (5.0, 3.0, 3.0, 7.5, "w: larger is more faithful to the text and less varied"),
 }
 CHOICES = {"backbone": ["unet", "flux"], "objective": ["eps", "x0", "v", "flow"]}
 
@@ -686,6 +688,19 @@ def train_first_stage(args, model, ckpt):
             tqdm.write(f"step {step:,}: squared error {error:.5f} in scenes of test digits")
 
 
+def optimizers(denoiser, args):
+    """Muon for matrices, but for embeddings, first and last layer: it makes all singular values of
+    a step about 1, so that rare directions learn as fast as strong ones (Jordan et al. 2024). Adam
+    for the rest, convolutions too."""
+    outside = ("encoder.word", "encoder.place", "backbone.image")
+    matrices, others = [], []
+    for name, p in denoiser.named_parameters():
+        inside = p.ndim == 2 and not name.startswith(outside)
+        (matrices if inside else others).append(p)
+    return [torch.optim.Muon(matrices, args.muon_lr, weight_decay=0.3),
+            torch.optim.Adam(others, args.lr, (0.9, 0.95), fused=True)]
+
+
 def train_denoiser(args, model, ckpt):
     """Train the denoiser on the latents; model.denoiser becomes the averaged one."""
     say(f"stage 2 of 2, the denoiser: {args.steps:,} steps of {args.batch_size} scenes")
@@ -701,11 +716,12 @@ def train_denoiser(args, model, ckpt):
         autoencoder.scale.copy_(z.std())
         z = (z - autoencoder.shift) / autoencoder.scale
     net = copy.deepcopy(model.denoiser).train()
-    opt = torch.optim.Adam(net.parameters(), args.lr, (0.9, 0.95), fused=True)
+    opts = optimizers(net, args)
     start = ckpt["step"] if ckpt else 0
     if ckpt:
         net.load_state_dict(ckpt["model"])
-        opt.load_state_dict(ckpt["optimizer"])
+        for opt, state in zip(opts, ckpt["optimizer"]):
+            opt.load_state_dict(state)
     if args.compile:
         net.compile()
     ddp = DistributedDataParallel(net) if WORLD > 1 else net
@@ -720,20 +736,21 @@ def train_denoiser(args, model, ckpt):
         u = (torch.rand((), device=args.device) + torch.arange(B, device=args.device) / B) % 1
         t = training_times(u[RANK::WORLD], args.objective)
         given = torch.where(drop < 0.1, none, text[index])  # 10 % empty, which guidance needs
-        for group in opt.param_groups:
-            group["lr"] = args.lr * min(1, step / 100) * (1 - (step - 1) / args.steps)
         with autocast(args):
             loss = denoising_loss(ddp, z[index], given, t, eps, args.objective)
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad()
+        rate = min(1, step / 100) * (1 - (step - 1) / args.steps)
+        for opt in opts:
+            opt.param_groups[0]["lr"] = rate * opt.defaults["lr"]
+            opt.step()
+            opt.zero_grad()
         ema_update(model.denoiser, net, step)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
         if RANK == 0 and (step % args.every == 0 or step == args.steps):
             save_checkpoint(args, step, ema=model.state_dict(), model=net.state_dict(),
-                            optimizer=opt.state_dict())
+                            optimizer=[opt.state_dict() for opt in opts])
             seen, held_out = (held_out_loss(args, model, *scenes) for scenes in tests)
             tqdm.write(f"step {step:,}: test loss {seen:.4f}, {held_out:.4f} if pairs are held out")
             drawn = generate(args, model, [prompt for prompt in PROMPTS for _ in range(8)])

@@ -21,7 +21,7 @@ Notation   x (B, C, H, W) images in [-1, 1]; z and z_q, or q, (B, h, w, D) befor
            the prior (B, n), n = h w, row by row; y (B,) class in 0..classes-1, and one more,
            `classes`, for "none"
 Papers     van den Oord et al. 2017 (VQ-VAE); Razavi et al. 2019 (VQ-VAE-2); Vaswani et al. 2017
-           (transformer); Ho & Salimans 2022 (guidance)
+           (transformer); Ho & Salimans 2022 (guidance); Jordan et al. 2024 (Muon)
 """
 import argparse
 import copy
@@ -60,7 +60,8 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "prior_layers": (4, 12, "its layers"),
     "steps": (1400, 30_000, "training steps of the second stage"),
     "batch_size": (64, 256, "its images per step, over all GPUs"),
-    "lr": (2e-3, 3e-4, "its peak learning rate"),
+    "lr": (2e-3, 3e-4, "peak learning rate of its Adam: vectors, embeddings, head"),
+    "muon_lr": (0.02, 0.01, "peak learning rate of its Muon: matrices of the layers"),
     "every": (500, 2000, "steps between checkpoints"),
     "guidance": (1.5, 1.5, "w: larger is more typical and less varied; 1 is off"),
 }
@@ -348,15 +349,26 @@ def train_codes(args, model, images, ckpt):
     net.eval()
 
 
+def optimizers(prior, args):
+    """Muon for the matrices of the layers: it makes all singular values of a step about 1, so that
+    rare directions learn as fast as strong ones (Jordan et al. 2024). Adam for the rest."""
+    matrices, others = [], []
+    for name, p in prior.named_parameters():
+        (matrices if p.ndim == 2 and name.startswith("layers") else others).append(p)
+    return [torch.optim.Muon(matrices, args.muon_lr, weight_decay=0.3),
+            torch.optim.Adam(others, args.lr, (0.9, 0.95), fused=True)]
+
+
 def train_prior(args, model, images, labels, ckpt):
     """Second stage: a prior over codes, which no longer change. Its average is model.prior."""
     prior = copy.deepcopy(model.prior)
     model.prior.requires_grad_(False)
-    opt = torch.optim.Adam(prior.parameters(), args.lr, (0.9, 0.95), fused=True)
+    opts = optimizers(prior, args)
     start = 0
     if ckpt:
         prior.load_state_dict(ckpt["model"])
-        opt.load_state_dict(ckpt["optimizer"])
+        for opt, state in zip(opts, ckpt["optimizer"]):
+            opt.load_state_dict(state)
         start = ckpt["step"]
     codes = codes_of(model.autoencoder, images).flatten(1)  # (N, n)
     test, test_labels = test_set(args, 1000)
@@ -371,20 +383,21 @@ def train_prior(args, model, images, labels, ckpt):
         index = torch.randint(len(codes), (args.batch_size,), device=args.device)[RANK::WORLD]
         drop = torch.rand(args.batch_size, device=args.device)[RANK::WORLD]
         y = labels[index].masked_fill(drop < 0.1, args.classes)  # 10 % "none", which guidance needs
-        for group in opt.param_groups:
-            group["lr"] = args.lr * min(1, step / 100) * (1 - (step - 1) / args.steps)
         with autocast(args):
             loss = bits_per_code(ddp, codes[index], y)
         loss.backward()
         nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad()
+        rate = min(1, step / 100) * (1 - (step - 1) / args.steps)
+        for opt in opts:
+            opt.param_groups[0]["lr"] = rate * opt.defaults["lr"]
+            opt.step()
+            opt.zero_grad()
         ema_update(model.prior, prior, step)
         if step % 20 == 0:
             bar.set_postfix_str(f"{loss.item():.3f} bits per code")
         if RANK == 0 and (step % args.every == 0 or step == args.steps):
             save_checkpoint(args, step, ema=model.state_dict(), model=prior.state_dict(),
-                            optimizer=opt.state_dict())
+                            optimizer=[opt.state_dict() for opt in opts])
             bits = bits_per_code(model.prior, test_codes, test_labels)
             tqdm.write(f"prior, step {step:,}: {bits:.4f} bits per code, of {len(test_codes):,} "
                        f"held-out images (uniform: {math.log2(args.codebook_size):g})")

@@ -168,14 +168,3 @@ def test_data(tmp_path):
     published = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert labels.bincount().tolist() == published and labels[:5].tolist() == [5, 0, 4, 1, 9]
     assert images.float().mean().item() / 255 == pytest.approx(0.1307, abs=1e-4)
-
-
-def test_each_parameter_has_one_optimizer():
-    """Muon has the matrices inside the network; Adam the first layer, the last, labels, vectors."""
-    net = ddpm.UNet(1, 10, 2, 16, [1, 2], 1, [1], 0.0)
-    muon, adam = ddpm.optimizers(net, ddpm.parse_args(["--lr", "0.5", "--muon-lr", "0.25"]))
-    assert (muon.defaults["lr"], adam.defaults["lr"]) == (0.25, 0.5)
-    muon, adam = ({*map(id, opt.param_groups[0]["params"])} for opt in (muon, adam))
-    assert not muon & adam and muon | adam == {*map(id, net.parameters())}
-    outside = {id(layer.weight) for layer in (net.conv_in, net.conv_out, net.label)}
-    assert outside == {id(p) for p in net.parameters() if p.ndim > 1 and id(p) in adam}

@@ -10,9 +10,9 @@ import torch
 
 import latent_diffusion as ld
 
-SMALL = ("--device cpu --scenes 40 --ae-width 16 --ae-steps 4 --text-width 32 --text-layers 1 "
-         "--channels 16 16 --heads 2 --width 32 --flux-heads 2 --double 1 --single 1 --steps 4 "
-         "--batch-size 8 --every 2 --sample-steps 2 --num 2").split()
+SMALL = ("--size unet --device cpu --scenes 40 --ae-width 16 --ae-steps 4 --text-width 32 "
+         "--text-layers 1 --channels 16 16 --heads 2 --width 32 --flux-heads 2 --double 1 "
+         "--single 1 --steps 4 --batch-size 8 --every 2 --sample-steps 2 --num 2").split()
 
 
 def small(*flags):

@@ -31,8 +31,8 @@ LESSONS = {  # flags of a tiny network, and its data
     "dalle_mini": "--scenes 40 --num 4 --codes-width 8 --codes-steps 12 --width 16 --layers 1 "
                   "--heads 2 --batch-size 8",
     "latent_diffusion": "--scenes 40 --num 4 --ae-width 8 --ae-steps 12 --text-width 32 "
-                        "--text-layers 1 --channels 16 16 --groups 4 --heads 2 --batch-size 8 "
-                        "--sample-steps 2",
+                        "--text-layers 1 --width 32 --double 1 --single 1 --flux-heads 2 "
+                        "--batch-size 8 --sample-steps 2",
     "video_diffusion": "--scenes 12 --num 3 --frames 4 --height 16 --width 16 --blocks 1 "
                        "--batch-size 8 --picture-steps 1 --sample-steps 2",
     "ddpm": "--data own.npz --num 20 --width 16 --mults 1 1 --batch-size 8 --sample-steps 3",
@@ -41,6 +41,13 @@ LESSONS = {  # flags of a tiny network, and its data
 SCENES = ["dalle_mini", "latent_diffusion"]  # samples of prompts, not of classes
 STAGES = {"vqvae": "prior.", "dalle_mini": "transformer.", "latent_diffusion": "denoiser."}
 USE = {name: ["--sample"] for name in LESSONS} | {"fid": ["own.npz", "own.npz"]}  # a checkpoint
+ADAM = {  # who has matrices outside the network's inside, which are not Muon's
+    "ddpm": "conv_in.weight conv_out.weight label.weight",
+    "video_diffusion": "conv_in.weight conv_out.weight",
+    "vqvae": "code.weight label.weight place head.weight",
+    "dalle_mini": "word.weight code.weight place row col word_head.weight code_head.weight",
+    "latent_diffusion": "encoder.word.weight encoder.place backbone.image_in.weight "
+                        "backbone.image_out.weight"}
 each_lesson = pytest.mark.parametrize("name", LESSONS)
 SAMPLERS = [name for name in LESSONS if name != "fid"]
 each_sampler = pytest.mark.parametrize("name", SAMPLERS)
@@ -180,6 +187,21 @@ def test_the_average_is_one(name, trained):
     assert any((end["ema"][b] != end["model"][a]).any() for a, b in averaged.items())
 
 
+@pytest.mark.parametrize("name", ADAM)
+def test_each_parameter_has_one_optimizer(name, trained):
+    """Muon has the matrices inside the network, Adam all else, and each its own learning rate."""
+    module = lesson(name)
+    config = module.load_checkpoint(trained / name / "model.pt")["config"]
+    args = module.parse_args(["--lr", "0.5", "--muon-lr", "0.25"], config)
+    net = module.build(args).get_submodule(STAGES.get(name, "")[:-1])
+    muon, adam = module.optimizers(net, args)
+    assert (muon.defaults["lr"], adam.defaults["lr"]) == (0.25, 0.5)
+    muon, adam = ({*map(id, opt.param_groups[0]["params"])} for opt in (muon, adam))
+    assert not muon & adam and muon | adam == {*map(id, net.parameters())}
+    large = {key for key, p in net.named_parameters() if p.ndim > 1 and id(p) in adam}
+    assert large == {*ADAM[name].split()}
+
+
 def test_a_torn_write_leaves_the_old_checkpoint(trained, tmp_path, monkeypatch):
     """A process that dies half-way through torch.save has not touched model.pt."""
     module, whole = lesson("ddpm"), (trained / "ddpm/model.pt").read_bytes()
@@ -212,8 +234,8 @@ def doubled(folder):
 
 @each_sampler
 def test_two_processes_are_one(name, folder, doubled):
-    """torchrun with two gloo processes ends with the averaged gradients (Adam's first moments) of
-    one process with the same global batch, to the rounding of bf16."""
+    """torchrun with two gloo processes ends with the averaged gradients (first moments) of one
+    process with the same global batch, to the rounding of bf16."""
     call(lesson(name), *flags(name, 4, "--out", f"one/{name}"), cwd=folder)
     assert doubled.wait(timeout=600) == 0, (folder / "two.txt").read_text()
     moments = []
@@ -221,7 +243,8 @@ def test_two_processes_are_one(name, folder, doubled):
         state = lesson(name).load_checkpoint(folder / out / name / "model.pt")["optimizer"]
         states = [s for part in (state if isinstance(state, list) else [state])
                   for s in part["state"].values()]
-        moments.append(torch.cat([s["exp_avg"].flatten() for s in states]))
+        moments.append(torch.cat([s.get("exp_avg", s.get("momentum_buffer")).flatten()
+                                  for s in states]))
     assert (moments[0] - moments[1]).norm() < 0.1 * moments[0].norm()
 
 
