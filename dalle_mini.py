@@ -53,7 +53,7 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "width": (128, 512, "D: channels of the transformer"),
     "layers": (4, 8, "its blocks"),
     "heads": (4, 8, "its attention heads, a divisor of width"),
-    "steps": (3200, 50_000, "training steps of the second stage, the transformer"),
+    "steps": (1300, 50_000, "training steps of the second stage, the transformer"),
     "batch_size": (64, 256, "scenes per step of either stage, over all GPUs"),
     "lr": (3e-3, 5e-4, "peak learning rate of its Adam: vectors, embeddings, heads"),
     "muon_lr": (0.02, 0.01, "peak learning rate of its Muon: matrices of the blocks"),
