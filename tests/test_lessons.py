@@ -304,7 +304,7 @@ def test_bad_data(name, trained, tmp_path):
     for data in files.split():
         said = refused(name, tmp_path, "--train", "--data", data, "--out", model.parent)
         assert f"--data {data}: expected mnist, fashion, cifar10, or an .npz file" in said
-    shutil.copytree(ROOT / "data/mnist", tmp_path / "mnist")
+    shutil.copytree(ROOT / "data/mnist", tmp_path / "mnist", copy_function=shutil.copyfile)
     labels = tmp_path / "mnist/train-labels-idx1-ubyte.gz"
     labels.write_bytes(labels.read_bytes()[:1000])
     said = refused(name, tmp_path, "--train", "--data", "mnist", "--data-dir", tmp_path, "--out",
