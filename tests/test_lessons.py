@@ -187,6 +187,17 @@ def test_the_average_is_one(name, trained):
     assert any((end["ema"][b] != end["model"][a]).any() for a, b in averaged.items())
 
 
+@each_sampler
+def test_learning_rates_warm_up_and_decay(name, trained):
+    """Over 100 steps, and over all: in the middle and at the end of 40."""
+    for file, share in (("1.pt" if name in STAGES else "0.pt", 21 / 40), ("model.pt", 1 / 40)):
+        ckpt = lesson(name).load_checkpoint(trained / name / file)
+        states = ckpt["optimizer"] if name in ADAM else [ckpt["optimizer"]]
+        for flag, state in zip(("lr",) if len(states) == 1 else ("muon_lr", "lr"), states):
+            rate = state["param_groups"][0]["lr"] / ckpt["config"][flag]
+            assert rate == pytest.approx(ckpt["step"] / 100 * share)
+
+
 @pytest.mark.parametrize("name", ADAM)
 def test_each_parameter_has_one_optimizer(name, trained):
     """Muon has the matrices inside the network, Adam all else, and each its own learning rate."""
