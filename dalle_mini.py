@@ -55,8 +55,8 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "heads": (4, 8, "its attention heads, a divisor of width"),
     "steps": (1300, 50_000, "training steps of the second stage, the transformer"),
     "batch_size": (64, 256, "scenes per step of either stage, over all GPUs"),
-    "lr": (3e-3, 5e-4, "peak learning rate of its Adam: vectors, embeddings, heads"),
-    "muon_lr": (0.02, 0.01, "peak learning rate of its Muon: matrices of the blocks"),
+    "lr": (3e-3, 5e-4, "peak learning rate of Adam there: vectors, embeddings, output layers"),
+    "muon_lr": (0.02, 0.01, "peak learning rate of Muon there: matrices of the blocks"),
     "every": (500, 5000, "steps between checkpoints"),
     "guidance": (2.0, 2.0, "w: larger is more faithful to the text and less varied; 1 is off"),
 }

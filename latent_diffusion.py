@@ -50,7 +50,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 SIZES = ("small", "unet", "base", "paper")
-HPARAMS = {  # each row is a flag; --size picks the column: Flux, a U-Net, and in paper that of SD 1
+HPARAMS = {  # each row is a flag; --size picks the column: small is Flux, the others U-Nets
     "scenes": (60_000, 60_000, 200_000, 200_000, "number of training scenes"),
     "latent_dim": (4, 4, 4, 4, "D: channels of the latents"),
     "ae_width": (64, 64, 128, 128, "channels of encoder and decoder"),
@@ -72,8 +72,8 @@ HPARAMS = {  # each row is a flag; --size picks the column: Flux, a U-Net, and i
     "flux_heads": (4, 4, 8, 24, "flux: attention heads"),
     "steps": (1200, 1500, 50_000, 500_000, "training steps of the second stage"),
     "batch_size": (64, 64, 512, 2048, "scenes per step of either stage, over all GPUs"),
-    "lr": (2e-3, 4e-3, 3e-4, 1e-4, "peak learning rate of its Adam"),
-    "muon_lr": (0.02, 0.01, 0.01, 0.01, "and of its Muon, which has most matrices"),
+    "lr": (2e-3, 4e-3, 3e-4, 1e-4, "peak learning rate of Adam in the second stage"),
+    "muon_lr": (0.02, 0.01, 0.01, 0.01, "peak learning rate of Muon there, which has most matrices"),
     "every": (500, 500, 5000, 10_000, "steps between checkpoints"),
     "sample_steps": (25, 25, 25, 50, "number of sampling steps, at most T"),
     "guidance": (5.0, 3.0, 3.0, 7.5, "w: larger is more faithful to the text and less varied"),

@@ -60,8 +60,8 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "prior_layers": (4, 12, "its layers"),
     "steps": (800, 30_000, "training steps of the second stage"),
     "batch_size": (64, 256, "its images per step, over all GPUs"),
-    "lr": (2e-3, 3e-4, "peak learning rate of its Adam: vectors, embeddings, head"),
-    "muon_lr": (0.02, 0.01, "peak learning rate of its Muon: matrices of the layers"),
+    "lr": (2e-3, 3e-4, "peak learning rate of Adam there: vectors, embeddings, output layer"),
+    "muon_lr": (0.02, 0.01, "peak learning rate of Muon there: matrices of the layers"),
     "every": (500, 2000, "steps between checkpoints"),
     "guidance": (1.5, 1.5, "w: larger is more typical and less varied; 1 is off"),
 }
