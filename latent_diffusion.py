@@ -73,7 +73,7 @@ HPARAMS = {  # each row is a flag; --size picks the column: small is Flux, the o
     "steps": (1200, 1500, 50_000, 500_000, "training steps of the second stage"),
     "batch_size": (64, 64, 512, 2048, "scenes per step of either stage, over all GPUs"),
     "lr": (2e-3, 4e-3, 3e-4, 1e-4, "peak learning rate of Adam in the second stage"),
-    "muon_lr": (0.02, 0.01, 0.01, 0.01, "peak learning rate of Muon there, which has most matrices"),
+    "muon_lr": (0.02, 0.01, 0.01, 0.01, "peak learning rate of Muon there: most matrices"),
     "every": (500, 500, 5000, 10_000, "steps between checkpoints"),
     "sample_steps": (25, 25, 25, 50, "number of sampling steps, at most T"),
     "guidance": (5.0, 3.0, 3.0, 7.5, "w: larger is more faithful to the text and less varied"),
