@@ -293,7 +293,7 @@ def time_embedding(t, dim):
 def attend(q, k, v):
     """Attention: q (B, heads, n, d), k and v (B, heads, m, d) -> (B, n, heads d)."""
     if q.requires_grad and q.device.type == "cpu":  # PyTorch's bf16 kernel is slow in training
-        h = (q @ k.mT / math.sqrt(q.shape[3])).softmax(dim=3) @ v
+        h = (q / math.sqrt(q.shape[3]) @ k.mT).softmax(dim=3) @ v
     else:
         h = F.scaled_dot_product_attention(q, k, v)
     return h.transpose(1, 2).flatten(2)

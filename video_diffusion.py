@@ -107,7 +107,8 @@ def pixel_rays(K, pose, H, W, scale=1.0):
                           torch.arange(W, device=K.device) + 0.5, indexing="ij")
     pixels = torch.stack([u / scale, v / scale, torch.ones_like(u)], dim=-1)  # (H, W, 3)
     to_world = pose[..., :3] @ torch.linalg.inv(K)  # R K^-1
-    return F.normalize(torch.einsum("...ij,hwj->...hwi", to_world, pixels), dim=-1)
+    d = torch.einsum("...ij,hwj->...hwi", to_world, pixels)
+    return d / d.square().sum(-1, keepdim=True).sqrt()  # F.normalize is slow on three numbers
 
 
 def camera_rays(K, pose, H, W, patch):
@@ -176,7 +177,9 @@ def trace_rays(scenes, K, pose, H, W, fine=2):
     second = (which == 1)[..., None]
     centre = torch.where(second, scenes.centre[:, :, None, 1], scenes.centre[:, :, None, 0])
     colour = torch.where(second, scenes.colour[:, None, None, 1], scenes.colour[:, None, None, 0])
-    cosine = (F.normalize(point - centre, dim=-1) * sun).sum(-1).clamp(min=0)  # Lambert's law
+    radius = torch.where(second, scenes.radius[:, None, None, 1:], scenes.radius[:, None, None, :1])
+    normal = (point - centre) / radius
+    cosine = (normal * sun).sum(-1).clamp(min=0)  # Lambert's law
     sphere = colour * (AMBIENT + (1 - AMBIENT) * cosine * lit)[..., None]
     dark = (((tx + TABLE) / TILE).floor() + ((ty + TABLE) / TILE).floor()) % 2 == 1
     tone = torch.where(dark, scenes.tone[:, 1, None, None], scenes.tone[:, 0, None, None])
@@ -319,7 +322,7 @@ def zero(layer):
 def attend(q, k, v):
     """Attention: q (B, heads, n, d), k and v (B, heads, m, d) -> (B, n, heads d)."""
     if q.requires_grad and q.device.type == "cpu":  # PyTorch's bf16 kernel is slow in training
-        h = (q @ k.mT / math.sqrt(q.shape[3])).softmax(dim=3) @ v
+        h = (q / math.sqrt(q.shape[3]) @ k.mT).softmax(dim=3) @ v
     else:
         h = F.scaled_dot_product_attention(q, k, v)
     return h.transpose(1, 2).flatten(2)
