@@ -54,7 +54,7 @@ HPARAMS = {  # each row is a flag; --size picks the column. paper: the network o
     "dropout": (0.0, 0.1, 0.1, "in the residual blocks"),
     "predict": ("v", "v", "eps", "what the network outputs"),
     "schedule": ("cosine", "cosine", "linear", "how the noise grows with t"),
-    "steps": (1100, 30_000, 800_000, "training steps"),
+    "steps": (1000, 30_000, 800_000, "training steps"),
     "batch_size": (64, 256, 128, "images per step, over all GPUs"),
     "lr": (3e-3, 5e-4, 2e-4, "peak learning rate of Adam: vectors, labels, first and last layer"),
     "muon_lr": (0.01, 0.01, 0.01, "peak learning rate of Muon: all other matrices"),
@@ -309,11 +309,14 @@ class Muon(torch.optim.Optimizer):
                 m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
                 m.lerp_(p.grad, 0.05)
                 x = F.normalize(p.grad.lerp(m, 0.95).flatten(1), dim=(0, 1))
+                tall = max(1, len(x) / x.shape[1])  # how often as high as wide
+                x = x.mT if tall > 1 else x  # now x x^T is small
                 for _ in range(5):  # Newton-Schulz: a polynomial that takes them to about 1
                     a = x @ x.mT
                     x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
+                x = x.mT if tall > 1 else x
                 p.mul_(1 - 0.3 * group["lr"])
-                p.sub_(x.view_as(p), alpha=group["lr"] * max(1, len(x) / x.shape[1]) ** 0.5)
+                p.sub_(x.reshape(p.shape), alpha=group["lr"] * tall**0.5)
 
 
 def optimizers(model, args):

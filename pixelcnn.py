@@ -20,7 +20,8 @@ Notation   x (B, C, H, W) levels 0..K-1; y (B,) class in 0..classes-1, and one m
            "none"; e (B, H, W, E) embedded levels; v, h (B, H, W, D) features of the vertical stack
            (the rows above) and of the horizontal stack (the pixels to the left)
 Papers     van den Oord et al. 2016a (PixelRNN, PixelCNN); van den Oord et al. 2016b (Gated
-           PixelCNN); Ramachandran et al. 2017 (cached sampling); Ho & Salimans 2022 (guidance)
+           PixelCNN); Ramachandran et al. 2017 (cached sampling); Ho & Salimans 2022 (guidance);
+           Jordan et al. 2024 (Muon)
 """
 import argparse
 import copy
@@ -54,7 +55,8 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "hidden": (64, 256, "channels before the logits"),
     "steps": (3200, 60_000, "training steps"),
     "batch_size": (16, 128, "images per step, over all GPUs"),
-    "lr": (6e-3, 1e-3, "peak learning rate"),
+    "lr": (6e-3, 1e-3, "peak learning rate of Adam: vectors, embeddings, first and last layer"),
+    "muon_lr": (0.01, 0.01, "peak learning rate of Muon: all other matrices"),
     "every": (500, 2000, "steps between checkpoints"),
     "guidance": (1.5, 1.5, "w: larger is more typical and less varied; 1 is off"),
 }
@@ -337,6 +339,42 @@ def generate(args, model, y, x=None):
 # ---- 7. Training (slide Autoregressive Models: "maximizing likelihood of training data") ---------
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum as a matrix (out, rest) with all singular values made about 1: rare directions learn
+    as fast as strong ones (Jordan et al. 2024). Weight decay keeps the weights small."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        for p in group["params"]:
+            if p.grad is not None:
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                m.lerp_(p.grad, 0.05)
+                x = F.normalize(p.grad.lerp(m, 0.95).flatten(1), dim=(0, 1))
+                tall = max(1, len(x) / x.shape[1])  # how often as high as wide
+                x = x.mT if tall > 1 else x  # now x x^T is small
+                for _ in range(5):  # Newton-Schulz: a polynomial that takes them to about 1
+                    a = x @ x.mT
+                    x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
+                x = x.mT if tall > 1 else x
+                p.mul_(1 - 0.3 * group["lr"])
+                p.sub_(x.reshape(p.shape), alpha=group["lr"] * tall**0.5)
+
+
+def optimizers(model, args):
+    """Muon for the matrices of the blocks and of the hidden layer; Adam for the rest: vectors,
+    embeddings, biases of position and class, first and last layer."""
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        inside = p.ndim > 1 and name.startswith(("blocks", "hidden")) and "label" not in name
+        (matrices if inside else others).append(p)
+    return [Muon(matrices, args.muon_lr),
+            torch.optim.Adam(others, args.lr, (0.9, 0.95), fused=True)]
+
+
 @torch.no_grad()
 def ema_update(ema, model, step):
     """Polynomial averaging (Shamir & Zhang 2013): over about the last tenth of the training."""
@@ -353,12 +391,13 @@ def train(args, ckpt=None):
     torch.manual_seed(args.seed)
     model = build(args)
     ema = copy.deepcopy(model).requires_grad_(False).eval()  # averaged weights: better samples
-    opt = torch.optim.Adam(model.parameters(), args.lr, (0.9, 0.95), fused=True)
+    opts = optimizers(model, args)
     start = 0
     if ckpt:
         model.load_state_dict(ckpt["model"])
         ema.load_state_dict(ckpt["ema"])
-        opt.load_state_dict(ckpt["optimizer"])
+        for opt, state in zip(opts, ckpt["optimizer"]):
+            opt.load_state_dict(state)
         start = ckpt["step"]
     say(f"{args.device}: {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(images):,} images of {args.data}, {args.steps:,} steps of {args.batch_size}")
@@ -374,20 +413,21 @@ def train(args, ckpt=None):
         drop = torch.rand(args.batch_size, device=args.device)[RANK::WORLD]
         x = to_levels(images[index], args.levels)
         y = labels[index].masked_fill(drop < 0.1, args.classes)  # 10 % "none", which guidance needs
-        for group in opt.param_groups:  # warm up for 100 steps, then down to almost 0
-            group["lr"] = args.lr * min(1, step / 100) * (1 - (step - 1) / args.steps)
         with autocast(args):
             loss = to_bits(log_prob(net, x, y).mean(), args.shape)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad()
+        rate = min(1, step / 100) * (1 - (step - 1) / args.steps)  # warm up, then to almost 0
+        for opt in opts:
+            opt.param_groups[0]["lr"] = rate * opt.defaults["lr"]
+            opt.step()
+            opt.zero_grad()
         ema_update(ema, model, step)
         if step % 20 == 0:
             bar.set_postfix_str(f"{loss.item():.3f} bits/dim")
         if RANK == 0 and (step % args.every == 0 or step == args.steps):
             save_checkpoint(args, step, model=model.state_dict(), ema=ema.state_dict(),
-                            optimizer=opt.state_dict())
+                            optimizer=[opt.state_dict() for opt in opts])
             bits = to_bits(log_probs(ema, *test).mean(), args.shape)
             tqdm.write(f"step {step:,}: {bits:.4f} bits/dim of {len(test[0])} held-out images")
             if args.arch == "gated":  # the slide's loop would take minutes

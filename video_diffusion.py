@@ -532,11 +532,14 @@ class Muon(torch.optim.Optimizer):
                 m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
                 m.lerp_(p.grad, 0.05)
                 x = F.normalize(p.grad.lerp(m, 0.95).flatten(1), dim=(0, 1))
+                tall = max(1, len(x) / x.shape[1])  # how often as high as wide
+                x = x.mT if tall > 1 else x  # now x x^T is small
                 for _ in range(5):  # Newton-Schulz: a polynomial that takes them to about 1
                     a = x @ x.mT
                     x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
+                x = x.mT if tall > 1 else x
                 p.mul_(1 - 0.3 * group["lr"])
-                p.sub_(x.view_as(p), alpha=group["lr"] * max(1, len(x) / x.shape[1]) ** 0.5)
+                p.sub_(x.reshape(p.shape), alpha=group["lr"] * tall**0.5)
 
 
 def optimizers(model, args):

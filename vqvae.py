@@ -53,15 +53,15 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "beta": (0.25, 0.25, "weight of the commitment loss"),
     "width": (64, 128, "channels of encoder and decoder"),
     "blocks": (2, 3, "residual blocks in each"),
-    "codes_steps": (1500, 30_000, "training steps of the first stage"),
-    "codes_batch_size": (128, 256, "its images per step, over all GPUs"),
-    "codes_lr": (2e-3, 5e-4, "its peak learning rate"),
+    "codes_steps": (1000, 30_000, "training steps of the first stage"),
+    "codes_batch_size": (64, 256, "its images per step, over all GPUs"),
+    "codes_lr": (2e-3, 5e-4, "its peak learning rate of Adam"),
     "prior_width": (128, 512, "channels of the transformer, a multiple of 32"),
     "prior_layers": (4, 12, "its layers"),
     "steps": (800, 30_000, "training steps of the second stage"),
     "batch_size": (64, 256, "its images per step, over all GPUs"),
-    "lr": (2e-3, 3e-4, "peak learning rate of Adam there: vectors, embeddings, output layer"),
-    "muon_lr": (0.02, 0.01, "peak learning rate of Muon there: matrices of the layers"),
+    "lr": (2e-3, 3e-4, "its peak learning rate of Adam: vectors, embeddings, output layer"),
+    "muon_lr": (0.02, 0.01, "peak learning rate of Muon, in both: all other matrices"),
     "every": (500, 2000, "steps between checkpoints"),
     "guidance": (1.5, 1.5, "w: larger is more typical and less varied; 1 is off"),
 }
@@ -298,6 +298,39 @@ def generate(args, model, y):
 # ---- 5. Training: first the codes, then the prior over them --------------------------------------
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum as a matrix (out, rest) with all singular values made about 1: rare directions learn
+    as fast as strong ones (Jordan et al. 2024). Weight decay keeps the weights small."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        for p in group["params"]:
+            if p.grad is not None:
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                m.lerp_(p.grad, 0.05)
+                x = F.normalize(p.grad.lerp(m, 0.95).flatten(1), dim=(0, 1))
+                tall = max(1, len(x) / x.shape[1])  # how often as high as wide
+                x = x.mT if tall > 1 else x  # now x x^T is small
+                for _ in range(5):  # Newton-Schulz: a polynomial that takes them to about 1
+                    a = x @ x.mT
+                    x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
+                x = x.mT if tall > 1 else x
+                p.mul_(1 - 0.3 * group["lr"])
+                p.sub_(x.reshape(p.shape), alpha=group["lr"] * tall**0.5)
+
+
+def optimizers(net, inside, lr, muon_lr):
+    """Muon for the matrices of the modules `inside`; Adam for the rest: vectors, embeddings, first
+    and last layer."""
+    matrices = [p for module in inside for p in module.parameters() if p.ndim > 1]
+    others = [p for p in net.parameters() if all(p is not m for m in matrices)]
+    return [Muon(matrices, muon_lr), torch.optim.Adam(others, lr, (0.9, 0.95), fused=True)]
+
+
 @torch.no_grad()
 def ema_update(ema, model, step):
     """Polynomial averaging (Shamir & Zhang 2013): over about the last tenth of the training."""
@@ -308,10 +341,12 @@ def train_codes(args, model, images, ckpt):
     """First stage: model.autoencoder."""
     net = model.autoencoder
     test, _ = test_set(args, 1000)
-    opt = torch.optim.Adam(net.parameters(), args.codes_lr, (0.9, 0.95), fused=True)
+    inside = [net.encoder[1:], net.decoder[:-1]]
+    opts = optimizers(net, inside, args.codes_lr, args.muon_lr)
     start = 0
     if ckpt:
-        opt.load_state_dict(ckpt["optimizer"])
+        for opt, state in zip(opts, ckpt["optimizer"]):
+            opt.load_state_dict(state)
         start = ckpt["step"]
     else:
         some = images[torch.randperm(len(images))[:1000].to(args.device)]
@@ -328,19 +363,21 @@ def train_codes(args, model, images, ckpt):
         torch.manual_seed(args.seed * 10_000_000 + step)
         index = torch.randint(len(images), (args.codes_batch_size,), device=args.device)
         x = to_float(images[index[RANK::WORLD]])
-        for group in opt.param_groups:  # warm up for 100 steps, then down to almost 0
-            group["lr"] = args.codes_lr * min(1, step / 100) * (1 - (step - 1) / args.codes_steps)
         with autocast(args):
             back, _, commitment = ddp(x)
             error = F.mse_loss(back, x)
         (error + commitment).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad()
+        rate = min(1, step / 100) * (1 - (step - 1) / args.codes_steps)  # warm up, then to almost 0
+        for opt in opts:
+            opt.param_groups[0]["lr"] = rate * opt.defaults["lr"]
+            opt.step()
+            opt.zero_grad()
         if step % 20 == 0:
             bar.set_postfix_str(f"squared error {error.item():.4f}")
         if RANK == 0 and (step % args.every == 0 or step == args.codes_steps):
-            save_checkpoint(args, step, ema=model.state_dict(), optimizer=opt.state_dict())
+            save_checkpoint(args, step, ema=model.state_dict(),
+                            optimizer=[opt.state_dict() for opt in opts])
             net.eval()
             _, error, used, perplexity = through_codes(net, test)
             tqdm.write(f"codes, step {step:,}: squared error {error:.5f}, {used} codes used, "
@@ -349,21 +386,11 @@ def train_codes(args, model, images, ckpt):
     net.eval()
 
 
-def optimizers(prior, args):
-    """Muon for the matrices of the layers: it makes all singular values of a step about 1, so that
-    rare directions learn as fast as strong ones (Jordan et al. 2024). Adam for the rest."""
-    matrices, others = [], []
-    for name, p in prior.named_parameters():
-        (matrices if p.ndim == 2 and name.startswith("layers") else others).append(p)
-    return [torch.optim.Muon(matrices, args.muon_lr, weight_decay=0.3),
-            torch.optim.Adam(others, args.lr, (0.9, 0.95), fused=True)]
-
-
 def train_prior(args, model, images, labels, ckpt):
     """Second stage: a prior over codes, which no longer change. Its average is model.prior."""
     prior = copy.deepcopy(model.prior)
     model.prior.requires_grad_(False)
-    opts = optimizers(prior, args)
+    opts = optimizers(prior, prior.layers, args.lr, args.muon_lr)
     start = 0
     if ckpt:
         prior.load_state_dict(ckpt["model"])

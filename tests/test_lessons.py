@@ -205,7 +205,8 @@ def test_each_parameter_has_one_optimizer(name, trained):
     config = module.load_checkpoint(trained / name / "model.pt")["config"]
     args = module.parse_args(["--lr", "0.5", "--muon-lr", "0.25"], config)
     net = module.build(args).get_submodule(STAGES.get(name, "")[:-1])
-    muon, adam = module.optimizers(net, args)
+    which = (net.layers, args.lr, args.muon_lr) if name == "vqvae" else (args,)
+    muon, adam = module.optimizers(net, *which)
     assert (muon.defaults["lr"], adam.defaults["lr"]) == (0.25, 0.5)
     muon, adam = ({*map(id, opt.param_groups[0]["params"])} for opt in (muon, adam))
     assert not muon & adam and muon | adam == {*map(id, net.parameters())}
