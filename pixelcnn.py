@@ -365,12 +365,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model, args):
-    """Muon for the matrices of the blocks and of the hidden layer; Adam for the rest: vectors,
+    """Muon for the matrices of blocks, across and hidden layer; Adam for the rest: vectors,
     embeddings, biases of position and class, first and last layer."""
     matrices, others = [], []
     for name, p in model.named_parameters():
-        inside = p.ndim > 1 and name.startswith(("blocks", "hidden")) and "label" not in name
-        (matrices if inside else others).append(p)
+        inside = name.startswith(("blocks", "across", "hidden")) and "label" not in name
+        (matrices if inside and p.ndim > 1 else others).append(p)
     return [Muon(matrices, args.muon_lr),
             torch.optim.Adam(others, args.lr, (0.9, 0.95), fused=True)]
 

@@ -53,7 +53,7 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "beta": (0.25, 0.25, "weight of the commitment loss"),
     "width": (64, 128, "channels of encoder and decoder"),
     "blocks": (2, 3, "residual blocks in each"),
-    "codes_steps": (1000, 30_000, "training steps of the first stage"),
+    "codes_steps": (700, 30_000, "training steps of the first stage"),
     "codes_batch_size": (64, 256, "its images per step, over all GPUs"),
     "codes_lr": (2e-3, 5e-4, "its peak learning rate of Adam"),
     "prior_width": (128, 512, "channels of the transformer, a multiple of 32"),
