@@ -42,6 +42,8 @@ SCENES = ["dalle_mini", "latent_diffusion"]  # samples of prompts, not of classe
 STAGES = {"vqvae": "prior.", "dalle_mini": "transformer.", "latent_diffusion": "denoiser."}
 USE = {name: ["--sample"] for name in LESSONS} | {"fid": ["own.npz", "own.npz"]}  # a checkpoint
 ADAM = {  # who has matrices outside the network's inside, which are not Muon's
+    "pixelcnn": "position class_bias embeddings.0.weight conv.weight logits.0.weight "
+                "blocks.0.label.weight blocks.1.label.weight",
     "ddpm": "conv_in.weight conv_out.weight label.weight",
     "video_diffusion": "conv_in.weight conv_out.weight",
     "vqvae": "code.weight label.weight place head.weight",
