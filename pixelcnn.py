@@ -53,10 +53,10 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "width": (32, 96, "D: channels"),
     "dilations": ([1, 2, 4, 1, 2, 4, 1], [1, 2, 4, 1, 2, 4, 1, 2, 4, 1], "one block for each"),
     "hidden": (64, 256, "channels before the logits"),
-    "steps": (3200, 60_000, "training steps"),
-    "batch_size": (16, 128, "images per step, over all GPUs"),
+    "steps": (4000, 60_000, "training steps"),
+    "batch_size": (8, 128, "images per step, over all GPUs"),
     "lr": (6e-3, 1e-3, "peak learning rate of Adam: vectors, embeddings, first and last layer"),
-    "muon_lr": (0.01, 0.01, "peak learning rate of Muon: all other matrices"),
+    "muon_lr": (0.015, 0.01, "peak learning rate of Muon: all other matrices"),
     "every": (500, 2000, "steps between checkpoints"),
     "guidance": (1.5, 1.5, "w: larger is more typical and less varied; 1 is off"),
 }
@@ -390,6 +390,12 @@ def train(args, ckpt=None):
     test = held_out(args, 500)
     torch.manual_seed(args.seed)
     model = build(args)
+    with torch.no_grad():  # start from the histogram of levels
+        for c, layer in enumerate(model.logits):
+            levels = to_levels(images[:1000, c], args.levels).flatten()
+            count = torch.bincount(levels, minlength=args.levels) + 1
+            layer.bias.copy_((count / count.sum()).log())
+            layer.weight.zero_()
     ema = copy.deepcopy(model).requires_grad_(False).eval()  # averaged weights: better samples
     opts = optimizers(model, args)
     start = 0

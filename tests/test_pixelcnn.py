@@ -105,6 +105,19 @@ def test_samples_follow_the_density(arch, w, C):
     assert (shares - p).abs().max() < 0.01
 
 
+def test_training_starts_from_the_histogram(tmp_path):
+    """Before the first step a pixel has the histogram of its channel, wherever it lies."""
+    images = np.random.default_rng(0).binomial(15, 0.1, (40, 5, 6, 3)).astype(np.uint8) * 17
+    np.savez(tmp_path / "own.npz", images=images)
+    flags = ["--data", str(tmp_path / "own.npz"), *"--steps 0 --levels 16 --device cpu".split()]
+    model = pixelcnn.train(args := pixelcnn.parse_args(flags))
+    x, y = pixelcnn.held_out(args)
+    seen = np.delete(images, range(9, 40, 10), axis=0)
+    for c, logits in enumerate(model(x, y).unbind(1)):
+        count = np.bincount(seen[..., c].flatten() // 17, minlength=16) + 1
+        assert torch.allclose(logits.softmax(-1), torch.tensor(count / count.sum()).float())
+
+
 def test_all_verbs_from_one_checkpoint(tmp_path):
     """Pictures in colour too; a label that only test images have is none; bad input is one line."""
     images, labels = np.random.default_rng(0).integers(256, size=(40, 4, 8, 3)), np.arange(40) % 2
