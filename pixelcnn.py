@@ -182,8 +182,9 @@ class PixelCNN(nn.Module):
     def biases(self, y):
         """Three biases (B, H, W, D), for classes y (B,)."""
         _, H, W, D = self.position.shape
-        fine = F.interpolate(self.class_bias[y], (H, W), mode="bilinear")  # (B, 3 D, H, W)
-        return (self.position + fine.view(-1, 3, D, H, W).permute(0, 1, 3, 4, 2)).unbind(1)
+        fine = F.interpolate(self.class_bias, (H, W), mode="bilinear")  # (classes + 1, 3 D, H, W)
+        fine = fine.permute(0, 2, 3, 1)[y].view(-1, H, W, 3, D)
+        return (self.position.permute(1, 2, 0, 3) + fine).unbind(3)
 
     def head(self, h, x, c):
         """Logits (B, ..., K) of channel c, from h (B, ..., D) and levels x (B, C, ...). G also
