@@ -183,7 +183,7 @@ class PixelCNN(nn.Module):
         """Three biases (B, H, W, D), for classes y (B,)."""
         _, H, W, D = self.position.shape
         fine = F.interpolate(self.class_bias, (H, W), mode="bilinear")  # (classes + 1, 3 D, H, W)
-        fine = fine.permute(0, 2, 3, 1)[y].view(-1, H, W, 3, D)
+        fine = F.embedding(y, fine.permute(0, 2, 3, 1).flatten(1)).view(-1, H, W, 3, D)
         return (self.position.permute(1, 2, 0, 3) + fine).unbind(3)
 
     def head(self, h, x, c):
