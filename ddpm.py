@@ -54,7 +54,7 @@ HPARAMS = {  # each row is a flag; --size picks the column. paper: the network o
     "dropout": (0.0, 0.1, 0.1, "in the residual blocks"),
     "predict": ("v", "v", "eps", "what the network outputs"),
     "schedule": ("cosine", "cosine", "linear", "how the noise grows with t"),
-    "steps": (1000, 30_000, 800_000, "training steps"),
+    "steps": (1100, 30_000, 800_000, "training steps"),
     "batch_size": (64, 256, 128, "images per step, over all GPUs"),
     "lr": (3e-3, 5e-4, 2e-4, "peak learning rate of Adam: vectors, labels, first and last layer"),
     "muon_lr": (0.01, 0.01, 0.01, "peak learning rate of Muon: all other matrices"),
