@@ -367,7 +367,7 @@ class Muon(torch.optim.Optimizer):
 
 def optimizers(model, args):
     """Muon for the matrices of blocks, across and hidden layer; Adam for the rest: vectors,
-    embeddings, biases of position and class, first and last layer."""
+    embeddings, biases of position and class, the first convolution and the logits."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         inside = name.startswith(("blocks", "across", "hidden")) and "label" not in name

@@ -216,6 +216,13 @@ def test_each_parameter_has_one_optimizer(name, trained):
     assert large == {*ADAM[name].split()}
 
 
+def test_the_codes_of_vqvae_have_both_optimizers(trained):
+    """In the first stage, Adam's only matrices are the first and the last layer's."""
+    _, adam = lesson("vqvae").load_checkpoint(trained / "vqvae/0.pt")["optimizer"]
+    moments = [state["exp_avg"] for state in adam["state"].values()]
+    assert [tuple(m.shape) for m in moments if m.ndim > 1] == [(4, 1, 4, 4), (4, 1, 4, 4)]
+
+
 def test_a_torn_write_leaves_the_old_checkpoint(trained, tmp_path, monkeypatch):
     """A process that dies half-way through torch.save has not touched model.pt."""
     module, whole = lesson("ddpm"), (trained / "ddpm/model.pt").read_bytes()
