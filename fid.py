@@ -2,7 +2,6 @@
 
     python fid.py mnist:train samples.npz         samples against real digits, by our own features
     python fid.py cifar10:train samples/ --features inception       FID, of a folder of PNG files
-    python fid.py --sweep                         what moves the number: how many images, and damage
     python fid.py --train                         train the classifier whose features are "ours"
 
 Make samples.npz, for instance, by `python ddpm.py --sample --num 1000 --save samples.npz`.
@@ -503,61 +502,6 @@ def preference(win, tie, lose):
             "low": center - half, "high": center + half, "p": min(1.0, 2 * tail / 2**n)}
 
 
-# ---- 9. What moves the number (slide FID) --------------------------------------------------------
-
-
-def blur(x, width):
-    """Every pixel of images (N, C, H, W) uint8 becomes the mean of width x width; width is odd."""
-    mean = F.avg_pool2d(x.float(), width, 1, width // 2, count_include_pad=False)
-    return mean.round().to(torch.uint8)
-
-
-def noise(x, std):
-    """Gaussian noise on images (N, C, H, W) uint8; std in grey levels."""
-    return (x + std * torch.randn(x.shape)).round().clamp(0, 255).to(torch.uint8)
-
-
-def shuffle_pixels(x, share):
-    """The pixels of a share of the images x (N, C, H, W) change places, the same way in all."""
-    n, order = round(share * len(x)), torch.randperm(x[0].numel())
-    return torch.cat([x[n:], x[:n].flatten(1)[:, order].view(x[:n].shape)])
-
-
-def repeat_images(x, share):
-    """A share of the images x (N, C, H, W) is replaced by copies of 20 of them."""
-    n = round(share * len(x))
-    return torch.cat([x[n:], x[torch.arange(n) % 20]])
-
-
-def sweep(args):
-    """Real test images against real training images: ever fewer, and damaged in four ways."""
-    f, title = choose_features(args)
-    torch.manual_seed(args.seed)
-    real = summarise(f, *load_data(args.data, "train", args.data_dir), args, "train")
-    x = load_data(args.data, "test", args.data_dir)[0]
-    x = x[torch.randperm(len(x))]
-    X = summarise(f, x, None, args, "test")["X"]
-    say(f"{title} of N test images, the mean of up to 10 sets; and at infinite N")
-    for n in (len(x) // k for k in (1, 2, 5, 10, 20)):
-        sets = X[:n * (len(X) // n)].split(n)[:10]
-        plain = np.mean([frechet_distance(real["mu"], real["S"], *gaussian(s)) for s in sets])
-        far = np.mean([distance_at_infinity(real["mu"], real["S"], s) for s in sets])
-        say(f"{n:8,}{plain:10.4f}{far:10.4f}")
-
-    say(f"\n{'2,000 test images with':30}{title:>20}{'precision':>12}{'recall':>10}")
-    for damage, text, strengths in (
-            (noise, "no damage", (0,)), (blur, "blur, pixels wide", (3, 5, 7)),
-            (noise, "noise, grey levels", (16, 32, 128)),
-            (shuffle_pixels, "share with shuffled pixels", (0.02, 0.05, 0.2)),
-            (repeat_images, "share of copies of 20 images", (0.25, 0.5, 0.95))):
-        for strength in strengths:
-            fake = summarise(f, damage(x[:2000], strength), None, args, text)
-            distance = frechet_distance(real["mu"], real["S"], fake["mu"], fake["S"])
-            precision, recall = precision_recall(real["X"], fake["X"])
-            say(f"{text}, {strength:g}".ljust(34)
-                + f"{distance:16.4f}{precision:12.3f}{recall:10.3f}")
-
-
 # ---- Plumbing: the same in every file; skip it on a first reading --------------------------------
 
 HERE, NAME = Path(__file__).resolve().parent, Path(__file__).stem
@@ -664,7 +608,6 @@ def parse_args(argv=None, config=None):
     add("sets", nargs="*", metavar="REAL FAKE", help="mnist:train, x.npz, x.npy, a folder of PNG "
         "or JPEG files; a slice:\nx.npz[:1000]; an .npz of mu and sigma")
     add("--train", action="store_true", help="train the classifier on --data")
-    add("--sweep", action="store_true", help="what moves the number, on --data")
     add("--resume", action="store_true", help="with --train: continue from OUT/model.pt")
     add("--save-stats", type=Path, help="write mu and sigma of REAL, as pytorch-fid does (.npz)")
     add("--features", choices=["ours", "inception", "pixels"], default="ours", help="ours: of the "
@@ -695,8 +638,6 @@ def main(argv=None):
         if args.train:
             args.out.mkdir(parents=True, exist_ok=True)
             train(args, ckpt)
-        elif args.sweep:
-            sweep(args)
         elif len(args.sets) == (1 if args.save_stats else 2):
             report(args)
         elif args.sets or args.save_stats:

@@ -17,6 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import fid
+from fid_damage import blur, noise, shuffle_pixels
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -51,7 +52,7 @@ def panels(out):
         yield name, tiles(x[list(shown)])
     x = fid.read_images("mnist:test", ROOT / "data")[0][[3, 2, 1, 18]]
     torch.manual_seed(0)
-    rows = [x, fid.blur(x, 3), fid.noise(x, 64), fid.shuffle_pixels(x, 1)]
+    rows = [x, blur(x, 3), noise(x, 64), shuffle_pixels(x, 1)]
     yield "fid", tiles(torch.cat(rows).permute(0, 2, 3, 1).numpy())
 
 

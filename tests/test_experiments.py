@@ -56,6 +56,7 @@ def load(folder, lesson):
 @pytest.mark.parametrize("script, flags, said", [
     ("ddpm_targets", "--steps 2 --num 20", r"eps \| 2 .*\n.* x0 \| 2 .*\n.* v \| 2 .*\n.* real"),
     ("fid_bias", "--runs 2 --num 300", r"(\|.*\n){6}\n(\|.*\n){8}"),
+    ("fid_damage", "--num 200", r"(\|.*\n){15}"),
     ("flow_2d", "--data rings --steps 100 --num 100", r"(\|.*\n){5}"),
     ("inpaint", "--model out/ddpm/model.pt --num 10 --answers 1", r"(\|.*\n){5}"),
     ("generative_classifier", "--steps 2 --num 10 --model out/pixelcnn/model.pt", r"(\|.*\n){4}"),
