@@ -1,7 +1,6 @@
 """video_diffusion.py: the renderer against a ray tracer of a few lines, motion against its laws,
 the network against what it must not see, Muon against an SVD, the sampler against Gaussians."""
 
-import itertools
 import math
 from types import SimpleNamespace
 
