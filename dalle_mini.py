@@ -96,27 +96,25 @@ def random_facts(n, rng, pairs, single=0.2):
 
 def caption_of(facts, turn=False):
     """The caption of a scene, from its facts (5, 2); turn: start with the right or lower digit."""
-    def name(place):
-        digit, colour = DIGITS[facts[place, 0]], list(COLOURS)[facts[place, 1]]
-        return f"{'an' if colour == 'orange' else 'a'} {colour} {digit}"
-
     places = [place for place in range(5) if facts[place, 0] < 10]
-    if len(places) == 1:
-        return name(places[0])
-    first, second = reversed(places) if turn else places
-    return f"{name(first)} {RELATIONS[first, second]} {name(second)}"
+    places = places[::-1] if turn else places
+    names = []
+    for digit, colour in facts[places]:
+        colour = list(COLOURS)[colour]
+        names.append(f"{'an' if colour == 'orange' else 'a'} {colour} {DIGITS[digit]}")
+    return names[0] if len(names) == 1 else f"{names[0]} {RELATIONS[tuple(places)]} {names[1]}"
 
 
 def render(facts, digits, labels, rng):
     """Scenes (N, 3, 32, 32) uint8 of facts (N, 5, 2). Each digit is a random one of its class, from
     digits (M, 1, 28, 28) uint8 with labels (M,), scaled to 14 x 14 and moved by up to a pixel."""
     of_class = [np.flatnonzero(labels == d) for d in range(10)]
-    where = np.argwhere(facts[:, :, 0] < 10)  # (T, 2): scene and place
-    what = facts[where[:, 0], where[:, 1]]  # (T, 2): digit and colour
+    where = np.argwhere(facts[:, :, 0] < 10)  # (S, 2): scene and place
+    what = facts[where[:, 0], where[:, 1]]  # (S, 2): digit and colour
     picks = [of_class[d][rng.integers(len(of_class[d]))] for d in what[:, 0]]
-    ink = torch.from_numpy(digits[picks, :, 3:25, 3:25]).float() / 255  # without the empty border
-    ink = F.interpolate(ink, size=14, mode="bilinear", antialias=True).numpy()  # (T, 1, 14, 14)
-    colours = np.array(list(COLOURS.values()))[what[:, 1], :, None, None]  # (T, 3, 1, 1)
+    ink = torch.from_numpy(digits[picks, :, 3:25, 3:25]).float() / 255  # with 99 % of the ink
+    ink = F.interpolate(ink, size=14, mode="bilinear", antialias=True).numpy()  # (S, 1, 14, 14)
+    colours = np.array(list(COLOURS.values()))[what[:, 1], :, None, None]  # (S, 3, 1, 1)
     scenes = np.full((len(facts), 3, 32, 32), 16, np.uint8)
     for (scene, place), alpha, colour in zip(where, ink, colours):
         y, x = PLACES[place] + rng.integers(-1, 2, size=2) - 7  # the upper left corner
@@ -146,9 +144,8 @@ def to_tokens(texts):
     rows = []
     for text in texts:
         words = text.lower().split()
-        for word in words:
-            if word not in WORDS:
-                die(f"{text!r}: unknown word {word!r}; the words are {' '.join(WORDS)}")
+        if unknown := [word for word in words if word not in WORDS]:
+            die(f"{text!r}: {', '.join(unknown)} unknown; the words are {' '.join(WORDS)}")
         if len(words) > TEXT_LENGTH:
             die(f"{text!r} has {len(words)} words, more than {TEXT_LENGTH}")
         pads = [len(WORDS) + place for place in range(len(words), TEXT_LENGTH)]
@@ -224,7 +221,7 @@ class Codebook(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + convolutions of x (B, width, h, w), 3 x 3 and 1 x 1, as in the paper."""
+    """x + convolutions of x (B, width, h, w), 3 x 3 and 1 x 1 (van den Oord et al. 2017)."""
 
     def __init__(self, width):
         super().__init__()
@@ -265,10 +262,6 @@ class LocalAutoencoder(nn.Module):
         """Images -> images from their codes, codes (B, h, w), commitment loss."""
         q, codes, commitment = self.codebook(self.encode(x))
         return self.decode(q), codes, commitment
-
-    def reconstruct(self, x):
-        """Images -> images from their codes."""
-        return self(x)[0]
 
 
 @torch.no_grad()
@@ -340,9 +333,8 @@ class Transformer(nn.Module):
         self.register_buffer("none", V + torch.arange(N), persistent=False)  # the empty text
         for embedding in (self.word, self.code):
             nn.init.normal_(embedding.weight, std=0.1)
-        for head in (self.word_head, self.code_head):  # at first all tokens are equally likely
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+        for p in [*self.word_head.parameters(), *self.code_head.parameters()]:
+            nn.init.zeros_(p)  # at first all tokens are equally likely
 
     def features(self, text, codes, past=None):
         """text (B, N), codes (B, n) -> features (B, N + n + 1, D) for the heads, at most N + h w of
@@ -417,8 +409,7 @@ def build(args):
     K = args.codebook_size
     autoencoder = LocalAutoencoder(3, args.codes_width, Codebook(K, args.code_dim, beta=0.25))
     transformer = Transformer(len(WORDS), TEXT_LENGTH, K, 8, 8, args.width, args.layers, args.heads)
-    networks = {"autoencoder": autoencoder, "transformer": transformer}
-    return nn.ModuleDict(networks).to(args.device)
+    return nn.ModuleDict({"autoencoder": autoencoder, "transformer": transformer}).to(args.device)
 
 
 def train_autoencoder(args, model, ckpt):
@@ -475,9 +466,8 @@ def load_tokens(args, model, n, split, pairs):
 def optimizers(transformer, args):
     """Muon for the matrices of the blocks: it makes all singular values of a step about 1, so that
     rare directions learn as fast as strong ones (Jordan et al. 2024). Adam for the rest."""
-    matrices, others = [], []
-    for name, p in transformer.named_parameters():
-        (matrices if p.ndim == 2 and name.startswith("blocks") else others).append(p)
+    matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2]
+    others = [p for p in transformer.parameters() if all(p is not m for m in matrices)]
     return [torch.optim.Muon(matrices, args.muon_lr, weight_decay=0.3),
             torch.optim.Adam(others, args.lr, (0.9, 0.95), fused=True)]
 
@@ -522,7 +512,7 @@ def train_transformer(args, model, ckpt):
                 nats = [stream_loss(model.transformer, *tokens)[1].item() for tokens in tests]
             tqdm.write(f"transformer, step {step:,}: {nats[0] / math.log(2):.3f} bits per code in "
                        f"scenes of test digits, {nats[1] / math.log(2):.3f} if pairs are held out")
-            drawn = generate(args, model, [text for text in PROMPTS for _ in range(8)])
+            drawn = generate(args, model, [prompt for prompt in PROMPTS for _ in range(8)])
             save_picture(args.out / f"step_{step:06}.png", grid(drawn, 8))
 
 
@@ -530,21 +520,6 @@ def train_transformer(args, model, ckpt):
 def ema_update(ema, model, step):
     """Polynomial averaging (Shamir & Zhang 2013): over about the last tenth of the training."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 10 / (step + 10))
-
-
-def train(args, ckpt=None):
-    """Train both stages, from scratch or from a checkpoint of either, and return the model."""
-    torch.manual_seed(args.seed)
-    model = build(args).eval()
-    if ckpt:
-        model.load_state_dict(ckpt["ema"])
-    say(f"{args.device}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{args.scenes:,} scenes, {args.codes_steps:,} + {args.steps:,} steps of {args.batch_size}")
-    if ckpt is None or "model" not in ckpt:  # the transformer's training has not begun
-        train_autoencoder(args, model, ckpt)
-        ckpt = None
-    train_transformer(args, model, ckpt)
-    return model
 
 
 # ---- 6. Drawing with a trained model -------------------------------------------------------------
@@ -580,8 +555,6 @@ def complete_scenes(args, model):
     for number, text in enumerate(texts, 1):
         say(f"row {number}: {text}")
 
-
-VERBS = {"sample": save_samples, "complete": complete_scenes}
 
 # ---- Plumbing: the same in every file; skip it on a first reading --------------------------------
 
@@ -682,8 +655,8 @@ def parse_args(argv=None, config=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = p.add_argument
     add("--train", action="store_true", help="train both stages, then sample")
-    for name, verb in VERBS.items():
-        add("--" + name, action="store_true", help=verb.__doc__.splitlines()[0])
+    add("--sample", action="store_true", help="sample from OUT/model.pt, or else from pretrained/")
+    add("--complete", action="store_true", help="lower halves of scenes: complete.png")
     add("--prompt", action="append", metavar="TEXT", help="sample this; may be given repeatedly")
     add("--resume", action="store_true", help="with --train: continue from OUT/model.pt")
     add("--compile", action="store_true", help="torch.compile: slow start, faster steps")
@@ -709,9 +682,8 @@ def parse_args(argv=None, config=None):
 
 def main(argv=None):
     args, ckpt = parse_args(argv), None
-    verbs = [verb for name, verb in VERBS.items() if getattr(args, name)
-             or name == "sample" and (args.train or args.prompt)]
-    if not verbs:
+    draws = args.train or args.sample or args.prompt
+    if not (draws or args.complete):
         return parse_args(["--help"])
     if args.resume or not args.train:
         path = args.out / "model.pt"
@@ -720,23 +692,30 @@ def main(argv=None):
         ckpt = load_checkpoint(path)
         args = parse_args(argv, ckpt["config"])
         say(f"{path}, step {ckpt['step']:,}")
-        if "optimizer" in ckpt and "model" not in ckpt:
+        if not args.train and "optimizer" in ckpt and "model" not in ckpt:
             say("only the first stage is trained: samples are noise")
     if WORLD > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.train:
-        model = train(args, ckpt)
-    else:
-        model = build(args).eval()
+    torch.manual_seed(args.seed)
+    model = build(args).eval()
+    if ckpt:
         model.load_state_dict(ckpt["ema"])
+    if args.train:
+        say(f"{args.device}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+            f"{args.scenes:,} scenes, {args.codes_steps:,} + {args.steps:,} steps")
+        if ckpt is None or "model" not in ckpt:  # the transformer's training has not begun
+            train_autoencoder(args, model, ckpt)
+            ckpt = None
+        train_transformer(args, model, ckpt)
     if WORLD > 1:
         dist.destroy_process_group()
-    if RANK == 0:
-        for verb in verbs:
-            verb(args, model)
+    if RANK == 0 and draws:
+        save_samples(args, model)
+    if RANK == 0 and args.complete:
+        complete_scenes(args, model)
 
 
 if __name__ == "__main__":

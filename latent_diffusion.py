@@ -13,7 +13,7 @@ it step by step, and decode.
 Slides     Large scale diffusion models, Latent diffusion, Stable Diffusion 1, Note: Add time
            dependency, Unet in Stable Diffusion 1, SiLU, Flux
 Equations  add noise   z_t = a_t z_0 + s_t eps,   eps ~ N(0, I)
-           diffusion   a_t^2 = (1 - beta_1) ... (1 - beta_t),   s_t^2 = 1 - a_t^2
+           diffusion   a_t^2 = (1 - beta_1) ... (1 - beta_{T t}),   s_t^2 = 1 - a_t^2
            flow        a_t = 1 - t,   s_t = t: a straight line from data to noise
            loss        ||f(z_t, t, text) - target||^2
            target      eps;   z_0;   v = a_t eps - s_t z_0;   of a flow dz_t/dt = eps - z_0
@@ -56,20 +56,20 @@ HPARAMS = {  # each row is a flag; --size picks the column: small is Flux, the o
     "ae_width": (64, 64, 128, 128, "channels of encoder and decoder"),
     "ae_steps": (2000, 2000, 20_000, 200_000, "training steps of the first stage"),
     "ae_lr": (2e-3, 2e-3, 1e-3, 1e-4, "its peak learning rate"),
-    "text_width": (64, 64, 256, 768, "E: channels of the text encoder"),
+    "text_width": (64, 64, 256, 768, "E: channels of the text encoder, a multiple of 32"),
     "text_layers": (2, 2, 4, 12, "its transformer blocks"),
     "backbone": ("flux", "unet", "unet", "unet", "network of the second stage"),
     "objective": ("flow", "v", "v", "eps", "its target: eps, x0 or v of a diffusion, or flow"),
     "coordinates": (1, 1, 1, 0, "1: row and column are two more channels of its input"),
     "channels": ([64, 64], [64, 64], [192, 384], [320, 640, 1280, 1280], "unet: per resolution"),
     "layers": (1, 1, 2, 2, "unet: ResNet blocks per resolution"),
-    "groups": (8, 8, 32, 32, "unet: groups of the group norms"),
-    "heads": (2, 2, 8, 8, "unet: attention heads"),
+    "groups": (8, 8, 32, 32, "unet: groups of the group norms, a divisor of channels"),
+    "heads": (2, 2, 8, 8, "unet: attention heads, a divisor of channels"),
     "patch": (2, 2, 1, 2, "flux: patch x patch latents are one token"),
     "width": (128, 128, 384, 3072, "flux: channels of a token"),
     "double": (2, 2, 4, 19, "flux: blocks with separate weights for text and image"),
     "single": (2, 2, 8, 38, "flux: blocks with shared weights"),
-    "flux_heads": (4, 4, 8, 24, "flux: attention heads"),
+    "flux_heads": (4, 4, 8, 24, "flux: attention heads, a divisor of width / 4"),
     "steps": (1200, 1500, 50_000, 500_000, "training steps of the second stage"),
     "batch_size": (64, 64, 512, 2048, "scenes per step of either stage, over all GPUs"),
     "lr": (2e-3, 4e-3, 3e-4, 1e-4, "peak learning rate of Adam in the second stage"),
@@ -115,27 +115,25 @@ def random_facts(n, rng, pairs, single=0.2):
 
 def caption_of(facts, turn=False):
     """The caption of a scene, from its facts (5, 2); turn: start with the right or lower digit."""
-    def name(place):
-        digit, colour = DIGITS[facts[place, 0]], list(COLOURS)[facts[place, 1]]
-        return f"{'an' if colour == 'orange' else 'a'} {colour} {digit}"
-
     places = [place for place in range(5) if facts[place, 0] < 10]
-    if len(places) == 1:
-        return name(places[0])
-    first, second = reversed(places) if turn else places
-    return f"{name(first)} {RELATIONS[first, second]} {name(second)}"
+    places = places[::-1] if turn else places
+    names = []
+    for digit, colour in facts[places]:
+        colour = list(COLOURS)[colour]
+        names.append(f"{'an' if colour == 'orange' else 'a'} {colour} {DIGITS[digit]}")
+    return names[0] if len(names) == 1 else f"{names[0]} {RELATIONS[tuple(places)]} {names[1]}"
 
 
 def render(facts, digits, labels, rng):
     """Scenes (N, 3, 32, 32) uint8 of facts (N, 5, 2). Each digit is a random one of its class, from
     digits (M, 1, 28, 28) uint8 with labels (M,), scaled to 14 x 14 and moved by up to a pixel."""
     of_class = [np.flatnonzero(labels == d) for d in range(10)]
-    where = np.argwhere(facts[:, :, 0] < 10)  # (T, 2): scene and place
-    what = facts[where[:, 0], where[:, 1]]  # (T, 2): digit and colour
+    where = np.argwhere(facts[:, :, 0] < 10)  # (S, 2): scene and place
+    what = facts[where[:, 0], where[:, 1]]  # (S, 2): digit and colour
     picks = [of_class[d][rng.integers(len(of_class[d]))] for d in what[:, 0]]
-    ink = torch.from_numpy(digits[picks, :, 3:25, 3:25]).float() / 255  # without the empty border
-    ink = F.interpolate(ink, size=14, mode="bilinear", antialias=True).numpy()  # (T, 1, 14, 14)
-    colours = np.array(list(COLOURS.values()))[what[:, 1], :, None, None]  # (T, 3, 1, 1)
+    ink = torch.from_numpy(digits[picks, :, 3:25, 3:25]).float() / 255  # with 99 % of the ink
+    ink = F.interpolate(ink, size=14, mode="bilinear", antialias=True).numpy()  # (S, 1, 14, 14)
+    colours = np.array(list(COLOURS.values()))[what[:, 1], :, None, None]  # (S, 3, 1, 1)
     scenes = np.full((len(facts), 3, 32, 32), 16, np.uint8)
     for (scene, place), alpha, colour in zip(where, ink, colours):
         y, x = PLACES[place] + rng.integers(-1, 2, size=2) - 7  # the upper left corner
@@ -165,9 +163,8 @@ def to_tokens(texts):
     rows = []
     for text in texts:
         words = text.lower().split()
-        for word in words:
-            if word not in WORDS:
-                die(f"{text!r}: unknown word {word!r}; the words are {' '.join(WORDS)}")
+        if unknown := [word for word in words if word not in WORDS]:
+            die(f"{text!r}: {', '.join(unknown)} unknown; the words are {' '.join(WORDS)}")
         if len(words) > TEXT_LENGTH:
             die(f"{text!r} has {len(words)} words, more than {TEXT_LENGTH}")
         pads = [len(WORDS) + place for place in range(len(words), TEXT_LENGTH)]
@@ -179,7 +176,7 @@ def to_tokens(texts):
 
 
 class Residual(nn.Module):
-    """x + convolutions of x (B, width, h, w), 3 x 3 and 1 x 1, as in the paper."""
+    """x + convolutions of x (B, width, h, w), 3 x 3 and 1 x 1 (van den Oord et al. 2017)."""
 
     def __init__(self, width):
         super().__init__()
@@ -191,8 +188,8 @@ class Residual(nn.Module):
 
 
 class KLAutoencoder(nn.Module):
-    """A variational autoencoder, as in Stable Diffusion: image -> latents, a quarter as high and
-    wide -> image. A latent sees 10 x 10 pixels. (The slide's VQ-VAE is in vqvae.py.)"""
+    """A variational autoencoder, as in Stable Diffusion: image -> latents, a quarter (there an
+    eighth) as high and wide -> image. A latent sees 10 x 10 pixels. (VQ-VAE: see vqvae.py.)"""
 
     def __init__(self, C, D, width):
         super().__init__()
@@ -211,25 +208,21 @@ class KLAutoencoder(nn.Module):
         self.register_buffer("shift", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
 
-    def forward(self, x, noise):
-        """Images (B, C, H, W), noise (B, D, h, w) -> images from noisy latents, and the mean of
-        KL(N(mean, var) || N(0, 1)), which keeps latents smooth and bounded."""
+    def forward(self, x, noise=0.0):
+        """Images (B, C, H, W), noise (B, D, h, w) or 0 -> images from noisy latents, and the mean
+        of KL(N(mean, var) || N(0, 1)), which keeps latents smooth and bounded."""
         mean, log_var = self.encoder(x).float().chunk(2, dim=1)  # (B, D, h, w) each
         kl = (mean.square() + log_var.exp() - 1 - log_var).mean() / 2
         return self.decoder(mean + torch.exp(log_var / 2) * noise).float(), kl
 
     def encode(self, x):
-        """Images (B, C, H, W) -> latents (B, D, h, w): the mean."""
+        """Images (B, C, H, W) -> latents (B, D, h, w): the mean, shifted and scaled."""
         mean, _ = self.encoder(x).float().chunk(2, dim=1)
         return (mean - self.shift) / self.scale
 
     def decode(self, z):
         """Latents (B, D, h, w) -> images (B, C, H, W)."""
         return self.decoder(z * self.scale + self.shift).float()
-
-    def reconstruct(self, x):
-        """Images -> images from their latents."""
-        return self.decode(self.encode(x))
 
 
 @torch.no_grad()
@@ -248,12 +241,11 @@ ABAR = torch.cat([torch.ones(1), (1 - BETA).cumprod(0)])  # (T + 1,): a_t^2 at t
 
 def alpha_sigma(t, objective):
     """a_t and s_t, (B, 1, 1, 1) each, at times t (B,)."""
+    t = t.view(-1, 1, 1, 1)
     if objective == "flow":
-        a, s = 1 - t, t
-    else:
-        abar = ABAR.to(t.device)[(t * T).round().long()]
-        a, s = abar.sqrt().float(), (1 - abar).sqrt().float()
-    return a.view(-1, 1, 1, 1), s.view(-1, 1, 1, 1)
+        return 1 - t, t
+    abar = ABAR.to(t.device)[(t * T).round().long()]
+    return abar.sqrt().float(), (1 - abar).sqrt().float()
 
 
 def training_times(u, objective):
@@ -300,15 +292,15 @@ def attend(q, k, v):
 
 
 class MultiHeadAttention(nn.Module):
-    """Places x (B, n, C) attend to context (B, m, D), or, without one, to each other."""
+    """Places x (B, n, C) attend to context (B, m, E), or, without one, to each other."""
 
-    def __init__(self, C, D, heads):
+    def __init__(self, C, E, heads):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(C)
         self.to_q = nn.Linear(C, C, bias=False)
-        self.to_k = nn.Linear(D, C, bias=False)
-        self.to_v = nn.Linear(D, C, bias=False)
+        self.to_k = nn.Linear(E, C, bias=False)
+        self.to_v = nn.Linear(E, C, bias=False)
         self.to_out = nn.Linear(C, C)
 
     def forward(self, x, context=None):
@@ -322,18 +314,18 @@ class MultiHeadAttention(nn.Module):
 class SpatialTransformer(nn.Module):
     """On the H W places of a feature map: self-attention, cross-attention to the text, an MLP."""
 
-    def __init__(self, C, D, heads, groups):
+    def __init__(self, C, E, heads, groups):
         super().__init__()
         self.norm = nn.GroupNorm(groups, C, eps=1e-6)
         self.proj_in = nn.Conv2d(C, C, 1)
         self.self_attention = MultiHeadAttention(C, C, heads)
-        self.cross_attention = MultiHeadAttention(C, D, heads)
+        self.cross_attention = MultiHeadAttention(C, E, heads)
         self.mlp_norm = nn.LayerNorm(C)
         self.mlp_in = nn.Linear(C, 8 * C)
         self.mlp_out = nn.Linear(4 * C, C)
         self.proj_out = nn.Conv2d(C, C, 1)
 
-    def forward(self, x, context):  # (B, C, H, W), (B, N, D)
+    def forward(self, x, context):  # (B, C, H, W), (B, N, E)
         h = self.proj_in(self.norm(x)).flatten(2).mT  # (B, H W, C)
         h = self.cross_attention(self.self_attention(h), context)
         a, gate = self.mlp_in(self.mlp_norm(h)).chunk(2, dim=2)
@@ -344,7 +336,7 @@ class SpatialTransformer(nn.Module):
 class UNetBlock(nn.Module):
     """A ResNet block, to which the time adds one value per channel; if `attends`, a transformer."""
 
-    def __init__(self, C_in, C, attends, D_time, D, heads, groups):
+    def __init__(self, C_in, C, attends, D_time, E, heads, groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, C_in)
         self.conv1 = nn.Conv2d(C_in, C, 3, padding=1)
@@ -352,9 +344,9 @@ class UNetBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, C)  # groups of one channel would remove the time again
         self.conv2 = nn.Conv2d(C, C, 3, padding=1)
         self.shortcut = nn.Conv2d(C_in, C, 1) if C_in != C else nn.Identity()
-        self.transformer = SpatialTransformer(C, D, heads, groups) if attends else None
+        self.transformer = SpatialTransformer(C, E, heads, groups) if attends else None
 
-    def forward(self, x, emb, context):  # (B, C_in, H, W), (B, D_time), (B, N, D)
+    def forward(self, x, emb, context):  # (B, C_in, H, W), (B, D_time), (B, N, E)
         h = self.conv1(F.silu(self.norm1(x)))  # (B, C, H, W)
         h = h + self.time(F.silu(emb))[:, :, None, None]
         h = self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
@@ -363,12 +355,12 @@ class UNetBlock(nn.Module):
 
 class StableDiffusionUNet(nn.Module):
     """f(z_t, t, text). Down and up blocks of all resolutions but the lowest attend to the text, and
-    so does the middle. channels: one number per resolution; D: width of the context."""
+    so does the middle. channels: one number per resolution; E: width of the context."""
 
-    def __init__(self, C_in, C_out, channels, layers, heads, D, groups):
+    def __init__(self, C_in, C_out, channels, layers, heads, E, groups):
         super().__init__()
         ch, lowest = channels[0], len(channels) - 1
-        shared = (4 * ch, D, heads, groups)
+        shared = (4 * ch, E, heads, groups)
         self.width = ch
         self.conv_in = nn.Conv2d(C_in, ch, 3, padding=1)
         self.time_mlp = nn.Sequential(nn.Linear(ch, 4 * ch), nn.SiLU(), nn.Linear(4 * ch, 4 * ch))
@@ -394,7 +386,7 @@ class StableDiffusionUNet(nn.Module):
         self.conv_out = nn.Conv2d(ch, C_out, 3, padding=1)
 
     def forward(self, x, t, context):
-        """x (B, C_in, h, w), t (B,) in 0..1000, context (B, N, D) -> (B, C_out, h, w)."""
+        """x (B, C_in, h, w), t (B,) in 0..1000, context (B, N, E) -> (B, C_out, h, w)."""
         emb = self.time_mlp(time_embedding(t, self.width))  # (B, 4 width)
         h = self.conv_in(x)
         skips = [h]
@@ -510,20 +502,20 @@ class FluxTransformer(nn.Module):
     """f(z_t, t, text) on patches of latents. The text enters as tokens; its mean and the time are a
     vector that modulates every block, at first by zero (adaLN-Zero, Peebles & Xie 2023)."""
 
-    def __init__(self, C_in, C_out, patch, D, double, single, heads, D_text):
+    def __init__(self, C_in, C_out, patch, D, double, single, heads, E):
         super().__init__()
         self.patch = patch
         self.image_in = nn.Linear(C_in * patch**2, D)
-        self.text_in = nn.Linear(D_text, D)
+        self.text_in = nn.Linear(E, D)
         self.time_mlp = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
-        self.vector_in = nn.Linear(D_text, D)
+        self.vector_in = nn.Linear(E, D)
         self.double_blocks = nn.ModuleList(DoubleBlock(D, heads) for _ in range(double))
         self.single_blocks = nn.ModuleList(SingleBlock(D, heads) for _ in range(single))
         self.modulation = zero(nn.Linear(D, 2 * D))
         self.image_out = zero(nn.Linear(D, C_out * patch**2))
 
     def forward(self, x, t, context):
-        """x (B, C_in, h, w), t (B,) in 0..1000, context (B, N, D_text) -> (B, C_out, h, w)."""
+        """x (B, C_in, h, w), t (B,) in 0..1000, context (B, N, E) -> (B, C_out, h, w)."""
         x = F.pixel_unshuffle(x, self.patch)  # (B, C_in patch^2, rows, cols)
         N, (rows, cols) = context.shape[1], x.shape[2:]
         places = (torch.arange(1.0, n + 1, device=x.device) for n in (rows, cols))
@@ -650,9 +642,8 @@ def build(args):
     return model.to(memory_format=torch.channels_last) if "cuda" in args.device else model
 
 
-def train_first_stage(args, model, ckpt):
+def train_autoencoder(args, model, ckpt):
     """Train encoder and decoder; the KL term has weight 1e-4."""
-    say(f"stage 1 of 2, the autoencoder: {args.ae_steps:,} steps of {args.batch_size} scenes")
     images, _, _ = load_scenes(args.scenes, "train", "seen", args)
     test = to_float(load_scenes(500, "test", "all", args)[0])
     net, B = model.autoencoder, args.batch_size
@@ -660,6 +651,8 @@ def train_first_stage(args, model, ckpt):
     start = ckpt["step"] if ckpt else 0
     if ckpt:
         opt.load_state_dict(ckpt["optimizer"])
+    if args.compile:
+        net.compile()
     ddp = DistributedDataParallel(net) if WORLD > 1 else net
     bar = tqdm(range(start + 1, args.ae_steps + 1), desc="autoencoder", initial=start,
                total=args.ae_steps, disable=RANK > 0)
@@ -684,7 +677,7 @@ def train_first_stage(args, model, ckpt):
         if RANK == 0 and (step % args.every == 0 or step == args.ae_steps):
             save_checkpoint(args, step, ema=model.state_dict(), optimizer=opt.state_dict())
             with torch.no_grad():
-                error = F.mse_loss(net.reconstruct(test), test)
+                error = F.mse_loss(net(test)[0], test)
             tqdm.write(f"step {step:,}: squared error {error:.5f} in scenes of test digits")
 
 
@@ -703,7 +696,6 @@ def optimizers(denoiser, args):
 
 def train_denoiser(args, model, ckpt):
     """Train the denoiser on the latents; model.denoiser becomes the averaged one."""
-    say(f"stage 2 of 2, the denoiser: {args.steps:,} steps of {args.batch_size} scenes")
     # Only a quarter of the captions start with the right or lower digit. With half of them, neither
     # the order of the digits nor the word "left" alone says which is where: that is learned late.
     images, texts, _ = load_scenes(args.scenes, "train", "seen", args, turned=0.25)
@@ -793,12 +785,11 @@ def save_samples(args, model):
 def draw_latents(args, model):
     """Rows of latents.png: a scene, its latent channels in grey, and their reconstruction."""
     images, _, _ = load_scenes(8, "test", "seen", args, single=0)
-    z = latents_of(model.autoencoder, images)  # (8, D, 8, 8)
-    grey = F.interpolate(to_uint8(z / 3), scale_factor=4)[:, :, None]  # black: -3, white: 3
-    back = to_uint8(model.autoencoder.decode(z))
-    columns = [images[:, None], grey.expand(-1, -1, 3, -1, -1), back[:, None]]
-    columns = torch.cat(columns, dim=1)  # (8, D + 2, 3, 32, 32)
-    save_picture(args.out / "latents.png", grid(columns.flatten(0, 1), columns.shape[1]))
+    z = latents_of(model.autoencoder, images)  # (8, D, 8, 8); in grey, -3 is black and 3 white
+    grey = F.interpolate(to_uint8(z / 3), scale_factor=4)[:, :, None].expand(-1, -1, 3, -1, -1)
+    columns = [images, *grey.unbind(1), to_uint8(model.autoencoder.decode(z))]
+    picture = grid(torch.stack(columns, dim=1).flatten(0, 1), len(columns))
+    save_picture(args.out / "latents.png", picture)
     say(f"{args.out}/latents.png: images of {images[0].numel():,} numbers, their latents of "
         f"{z[0].numel()}, and images from these")
 
@@ -945,7 +936,7 @@ def main(argv=None):
         ckpt = load_checkpoint(path)
         args = parse_args(argv, ckpt["config"])
         say(f"{path}, step {ckpt['step']:,}")
-        if "optimizer" in ckpt and "model" not in ckpt:
+        if not args.train and "optimizer" in ckpt and "model" not in ckpt:
             say("only the first stage is trained: samples are noise")
     if WORLD > 1:
         if args.device == "cuda":
@@ -957,8 +948,10 @@ def main(argv=None):
     if ckpt:
         model.load_state_dict(ckpt["ema"])
     if args.train:
+        say(f"{args.device}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+            f"{args.scenes:,} scenes, {args.ae_steps:,} + {args.steps:,} steps")
         if ckpt is None or "model" not in ckpt:  # the denoiser's training has not begun
-            train_first_stage(args, model, ckpt)
+            train_autoencoder(args, model, ckpt)
             ckpt = None
         train_denoiser(args, model, ckpt)
     if WORLD > 1:

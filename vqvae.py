@@ -137,7 +137,7 @@ class Codebook(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + convolutions of x (B, width, h, w), 3 x 3 and 1 x 1, as in the paper."""
+    """x + convolutions of x (B, width, h, w), 3 x 3 and 1 x 1 (van den Oord et al. 2017)."""
 
     def __init__(self, width):
         super().__init__()
@@ -701,7 +701,7 @@ def main(argv=None):
         ckpt = load_checkpoint(path)
         args = parse_args(argv, ckpt["config"])
         say(f"{path}, step {ckpt['step']:,}")
-        if "optimizer" in ckpt and "model" not in ckpt:
+        if not args.train and "optimizer" in ckpt and "model" not in ckpt:
             say("only the first stage is trained: samples are noise")
     if WORLD > 1:
         if args.device == "cuda":

@@ -135,7 +135,7 @@ def main(argv=None):
     for pairs in ("seen", "held-out"):
         images, texts, facts = lesson.load_scenes(a.num, "test", pairs, args, single=0)
         with torch.no_grad():
-            back = torch.cat([lesson.to_uint8(model.autoencoder.reconstruct(lesson.to_float(x)))
+            back = torch.cat([lesson.to_uint8(model.autoencoder(lesson.to_float(x))[0])
                               for x in images.split(500)])
         drawn = lesson.generate(args, model, texts)
         rows = {"real": images, "real, with the next one's caption": images.roll(-1, 0),
