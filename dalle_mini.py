@@ -55,7 +55,7 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "heads": (4, 8, "its attention heads, a divisor of width"),
     "steps": (1300, 50_000, "training steps of the second stage, the transformer"),
     "batch_size": (64, 256, "scenes per step of either stage, over all GPUs"),
-    "lr": (3e-3, 5e-4, "peak learning rate of Adam there: vectors, embeddings, output layers"),
+    "lr": (3e-3, 5e-4, "peak learning rate of Adam there: biases, norms, embeddings, output"),
     "muon_lr": (0.02, 0.01, "peak learning rate of Muon there: matrices of the blocks"),
     "every": (500, 5000, "steps between checkpoints"),
     "guidance": (2.0, 2.0, "w: larger is more faithful to the text and less varied; 1 is off"),
@@ -183,7 +183,8 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def begin(self, z):
-        """Start from K distinct vectors of z (..., D): random ones, far from all z, stay unused."""
+        """Start from vectors of z (..., D), all different if there are K: random numbers, far from
+        all z, would stay unused."""
         z = z.flatten(0, -2).unique(dim=0)
         self.vectors.copy_(z[torch.randperm(len(z))[torch.arange(self.K) % len(z)]])
         self.total.copy_(self.vectors)
@@ -369,10 +370,10 @@ def stream_loss(transformer, text, codes):
 # ---- 4. Sampling ---------------------------------------------------------------------------------
 
 
-def draw_code(logits, u):
-    """Codes (B,) from logits (B, K): where u (B,) falls in the cumulative distribution."""
+def draw(logits, u):
+    """Values (B,) from logits (B, K): where u (B,) falls in the cumulative distribution."""
     p = logits.float().softmax(1).cumsum(1)
-    return torch.searchsorted(p, u[:, None] * p[:, -1:])[:, 0].clamp(max=logits.shape[1] - 1)
+    return torch.searchsorted(p, u[:, None] * p[:, -1:], right=True)[:, 0]
 
 
 @torch.no_grad()
@@ -385,7 +386,7 @@ def sample(transformer, text, codes, u, guidance=1.0, cached=True):
     for i in range(codes.shape[1], u.shape[1]):
         h, cache = transformer.features(both, codes.repeat(2, 1), past)
         cond, uncond = transformer.code_head(h[:, -1]).chunk(2)  # (B, K) each
-        code = draw_code(uncond + guidance * (cond - uncond), u[:, i])
+        code = draw(uncond + guidance * (cond - uncond), u[:, i])
         codes = torch.cat([codes, code[:, None]], dim=1)
         past = cache if cached else None
     return codes

@@ -56,7 +56,7 @@ HPARAMS = {  # each row is a flag; --size picks the column. paper: the network o
     "schedule": ("cosine", "cosine", "linear", "how the noise grows with t"),
     "steps": (1100, 30_000, 800_000, "training steps"),
     "batch_size": (64, 256, 128, "images per step, over all GPUs"),
-    "lr": (3e-3, 5e-4, 2e-4, "peak learning rate of Adam: vectors, labels, first and last layer"),
+    "lr": (3e-3, 5e-4, 2e-4, "peak learning rate of Adam: biases, norms, labels, outer layers"),
     "muon_lr": (0.01, 0.01, 0.01, "peak learning rate of Muon: all other matrices"),
     "flip": (0.0, 0.0, 0.5, "share of images mirrored in training; 0 for digits"),
     "every": (500, 2000, 20_000, "steps between checkpoints"),
@@ -320,7 +320,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model, args):
-    """Muon for the matrices inside the network; Adam for vectors, labels, first and last layer."""
+    """Muon for the matrices inside the network; Adam for the rest: biases, norms, labels, first and
+    last layer."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         inside = p.ndim > 1 and not name.startswith(("conv_", "label"))
@@ -344,21 +345,19 @@ def ema_update(ema, model, step):
 
 def train(args, ckpt=None):
     """Train, from scratch or from a checkpoint, and return the averaged model."""
-    images, labels = load_data(args.data, "train", args.data_dir)
-    images, labels = images.to(args.device), labels.to(args.device)
+    images, labels = (a.to(args.device) for a in load_data(args.data, "train", args.data_dir))
     args.shape = list(images.shape[1:])
     args.classes = int(labels.max()) + 1
     torch.manual_seed(args.seed)
     model = build(args)
     ema = copy.deepcopy(model).requires_grad_(False).eval()  # averaged weights: better samples
     opts = optimizers(model, args)
-    start = 0
+    start = ckpt["step"] if ckpt else 0
     if ckpt:
         model.load_state_dict(ckpt["model"])
         ema.load_state_dict(ckpt["ema"])
         for opt, state in zip(opts, ckpt["optimizer"]):
             opt.load_state_dict(state)
-        start = ckpt["step"]
     say(f"{args.device}: {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(images):,} images of {args.data}, {args.steps:,} steps of {args.batch_size}")
     if args.compile:

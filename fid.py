@@ -306,8 +306,7 @@ def build(args):
 
 def train(args, ckpt=None):
     """Train the classifier, from scratch or from a checkpoint."""
-    images, labels = load_data(args.data, "train", args.data_dir)
-    images, labels = images.to(args.device), labels.to(args.device)
+    images, labels = (a.to(args.device) for a in load_data(args.data, "train", args.data_dir))
     args.shape = list(images.shape[1:])  # C, H, W
     args.classes = int(labels.max()) + 1
     if args.classes < 2:

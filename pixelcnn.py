@@ -55,7 +55,7 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "hidden": (64, 256, "channels before the logits"),
     "steps": (4000, 60_000, "training steps"),
     "batch_size": (8, 128, "images per step, over all GPUs"),
-    "lr": (6e-3, 1e-3, "peak learning rate of Adam: vectors, embeddings, first and last layer"),
+    "lr": (6e-3, 1e-3, "peak learning rate of Adam: biases, embeddings, first and last layer"),
     "muon_lr": (0.015, 0.01, "peak learning rate of Muon: all other matrices"),
     "every": (500, 2000, "steps between checkpoints"),
     "guidance": (1.5, 1.5, "w: larger is more typical and less varied; 1 is off"),
@@ -90,9 +90,8 @@ class MaskedConv(nn.Conv2d):
 
     def __init__(self, mask, C_in, C_out):
         super().__init__(C_in, C_out, 5, padding=2)
-        keep = torch.zeros(5, 5)
-        keep[:2] = 1
-        keep[2, :2 if mask == "A" else 3] = 1
+        seen = 12 if mask == "A" else 13  # of the 25 weights, in reading order
+        keep = (torch.arange(25).view(5, 5) < seen).float()
         self.register_buffer("keep", keep, persistent=False)
 
     def forward(self, x):  # (B, C_in, H, W)
@@ -165,10 +164,10 @@ class PixelCNN(nn.Module):
         C, H, W = shape
         self.classes = classes
         self.embeddings = nn.ModuleList(nn.Embedding(K, 16) for _ in range(C))
-        # Not in the papers: a bias for every position, since digits are centred, and one for every
-        # class and 4 x 4 pixels, which conveys the class better than Block.label alone. They are
-        # added to v and h after the first layer, and to h before the output layers. Finer class
-        # biases overfit, and guidance turns their noise into specks.
+        # A bias for every position, since digits are centred, and one for every class and 4 x 4
+        # pixels (2016b computes it by a network of the class), which conveys the class better than
+        # Block.label alone. They are added to v and h after the first layer, and to h before the
+        # output layers. Finer class biases overfit, and guidance turns their noise into specks.
         self.position = nn.Parameter(torch.zeros(3, H, W, D))
         self.class_bias = nn.Parameter(torch.zeros(classes + 1, 3 * D, -(-H // 4), -(-W // 4)))
         self.hidden = nn.Linear(D, hidden)
@@ -272,7 +271,7 @@ def to_bits(log_p, shape):
 
 
 def draw(logits, u):
-    """Levels (B,) from logits (B, K): where u (B,) falls in the cumulative distribution."""
+    """Values (B,) from logits (B, K): where u (B,) falls in the cumulative distribution."""
     p = logits.float().softmax(1).cumsum(1)
     return torch.searchsorted(p, u[:, None] * p[:, -1:], right=True)[:, 0]
 
@@ -299,11 +298,11 @@ def sample_naive(model, x, y, u, guidance=1.0):
 
 @torch.no_grad()
 def sample(model, x, y, u, guidance=1.0):
-    """The same pixels from a Gated model, 100 times faster: v is computed once per row and h once
-    per pixel, both from cached features of earlier rows and pixels."""
+    """The same pixels from a Gated model, some 200 times faster: v is computed once per row and h
+    once per pixel, both from cached features of earlier rows and pixels."""
     x, y = x.clone(), torch.cat([y, torch.full_like(y, model.classes)])
     bias_v, bias_h, bias_out = model.biases(y)
-    B, H, W, D = bias_v.shape
+    B, H, W, D = bias_v.shape  # B of the doubled batch
     zeros = bias_v.new_zeros
     labels = [block.label(y)[:, None, None].chunk(2, dim=-1) for block in model.blocks]
     e = zeros(B, H + 3, W + 3, 16 * x.shape[1])  # 3 rows above the image, 3 columns to its left
@@ -366,8 +365,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model, args):
-    """Muon for the matrices of blocks, across and hidden layer; Adam for the rest: vectors,
-    embeddings, biases of position and class, the first convolution and the logits."""
+    """Muon for the matrices of blocks, across and hidden layer; Adam for the rest: biases,
+    embeddings, tables of position and class, the first convolution and the logits."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         inside = name.startswith(("blocks", "across", "hidden")) and "label" not in name
@@ -384,8 +383,7 @@ def ema_update(ema, model, step):
 
 def train(args, ckpt=None):
     """Train, from scratch or from a checkpoint, and return the averaged model."""
-    images, labels = load_data(args.data, "train", args.data_dir)
-    images, labels = images.to(args.device), labels.to(args.device)
+    images, labels = (a.to(args.device) for a in load_data(args.data, "train", args.data_dir))
     args.shape = list(images.shape[1:])
     args.classes = int(labels.max()) + 1
     test = held_out(args, 500)
@@ -399,13 +397,12 @@ def train(args, ckpt=None):
             layer.weight.zero_()
     ema = copy.deepcopy(model).requires_grad_(False).eval()  # averaged weights: better samples
     opts = optimizers(model, args)
-    start = 0
+    start = ckpt["step"] if ckpt else 0
     if ckpt:
         model.load_state_dict(ckpt["model"])
         ema.load_state_dict(ckpt["ema"])
         for opt, state in zip(opts, ckpt["optimizer"]):
             opt.load_state_dict(state)
-        start = ckpt["step"]
     say(f"{args.device}: {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(images):,} images of {args.data}, {args.steps:,} steps of {args.batch_size}")
     if args.compile:
@@ -447,7 +444,8 @@ def train(args, ckpt=None):
 
 
 def held_out(args, num=None):
-    """Levels (N, C, H, W) and classes (N,) of the first num test images, on the device."""
+    """Levels (N, C, H, W) and classes (N,) of the first num test images, on the device. A class
+    that the training images lack is "none"."""
     images, labels = load_data(args.data, "test", args.data_dir)
     if list(images.shape[1:]) != args.shape:
         die(f"--data {args.data}: shape {list(images.shape[1:])}, but the model has {args.shape}")
@@ -493,7 +491,7 @@ def bpd(args, model):
 
 
 def log_joint(args, model, x):
-    """log p(x, y) of images x (N, C, H, W) and all classes, assumed equally likely: (N, classes),
+    """log p(x, y) of levels x (N, C, H, W) and all classes, assumed equally likely: (N, classes),
     float64. Its logsumexp is log p(x), its softmax p(y | x)."""
     given = [log_probs(model, x, torch.full_like(x[:, 0, 0, 0], y)) for y in range(args.classes)]
     return torch.stack(given, dim=1) - math.log(args.classes)
@@ -513,7 +511,8 @@ def classify(args, model):
 def score(args, model):
     """How likely are digits, noise, a black image? Simple images score high, digit or not."""
     x, _ = held_out(args, 200)
-    order = torch.randperm(x[0].numel(), generator=torch.Generator().manual_seed(args.seed))
+    torch.manual_seed(args.seed)
+    order = torch.randperm(x[0].numel())
     sets = {"test images": x, "upside down": x.flip(2),
             "shuffled pixels": x.flatten(1)[:, order].view(x.shape),
             "noise": torch.randint_like(x[:20], args.levels), "black": torch.zeros_like(x[:1]),

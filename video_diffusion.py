@@ -63,7 +63,7 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "picture_every": (2, 2, "afterwards, one step in so many is on pictures"),
     "steps": (2800, 70_000, "training steps"),
     "batch_size": (8, 64, "clips per step, over all GPUs"),
-    "lr": (3e-3, 5e-4, "peak learning rate of Adam: vectors, first and last layer"),
+    "lr": (3e-3, 5e-4, "peak learning rate of Adam: biases, norms, first and last layer"),
     "muon_lr": (0.03, 0.03, "peak learning rate of Muon: all other matrices"),
     "every": (500, 2000, "steps between checkpoints"),
     "sample_steps": (40, 40, "number of sampling steps, at most T"),
@@ -543,7 +543,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model, args):
-    """Muon for the matrices inside the network; Adam for vectors, first and last layer."""
+    """Muon for the matrices inside the network; Adam for biases, norms, first and last layer."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         inside = p.ndim > 1 and not name.startswith("conv_")
@@ -571,13 +571,12 @@ def train(args, ckpt=None):
     model = build(args)
     ema = copy.deepcopy(model).requires_grad_(False).eval()  # averaged weights: better samples
     opts = optimizers(model, args)
-    start = 0
+    start = ckpt["step"] if ckpt else 0
     if ckpt:
         model.load_state_dict(ckpt["model"])
         ema.load_state_dict(ckpt["ema"])
         for opt, state in zip(opts, ckpt["optimizer"]):
             opt.load_state_dict(state)
-        start = ckpt["step"]
     say(f"{args.device}: {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(clips):,} clips of {args.data}, {args.steps:,} steps of {args.batch_size}")
     if args.compile:

@@ -9,7 +9,8 @@
 First stage: an encoder shrinks the image to a grid of vectors, each is replaced by the nearest of K
 learned ones, and a decoder restores the image. Second stage: an exact density over grids of codes.
 
-Slides     VQ-VAE; Dall-E (its first stage); Latent Diffusion (the compressed space)
+Slides     VQ-VAE; Dall-E (its first stage); Latent Diffusion (the compressed space);
+           Autoregressive Models, Sampling (of codes)
 Equations  nearest     k = argmin_j |z - e_j|^2
            gradient    z_q = z + stop(e_k - z): the decoder's gradient goes straight to the encoder
            loss        |x - decoder(z_q)|^2 + beta |z - stop(e_k)|^2
@@ -60,7 +61,7 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "prior_layers": (4, 12, "its layers"),
     "steps": (800, 30_000, "training steps of the second stage"),
     "batch_size": (64, 256, "its images per step, over all GPUs"),
-    "lr": (2e-3, 3e-4, "its peak learning rate of Adam: vectors, embeddings, output layer"),
+    "lr": (2e-3, 3e-4, "its peak learning rate of Adam: biases, norms, embeddings, output layer"),
     "muon_lr": (0.02, 0.01, "peak learning rate of Muon, in both: all other matrices"),
     "every": (500, 2000, "steps between checkpoints"),
     "guidance": (1.5, 1.5, "w: larger is more typical and less varied; 1 is off"),
@@ -96,7 +97,8 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def begin(self, z):
-        """Start from K distinct vectors of z (..., D): random ones, far from all z, stay unused."""
+        """Start from vectors of z (..., D), all different if there are K: random numbers, far from
+        all z, would stay unused."""
         z = z.flatten(0, -2).unique(dim=0)
         self.vectors.copy_(z[torch.randperm(len(z))[torch.arange(self.K) % len(z)]])
         self.total.copy_(self.vectors)
@@ -265,10 +267,10 @@ def build(args):
 # ---- 4. Sampling (slide Sampling) ----------------------------------------------------------------
 
 
-def draw_code(logits, u):
-    """Codes (B,) from logits (B, K): where u (B,) falls in the cumulative distribution."""
+def draw(logits, u):
+    """Values (B,) from logits (B, K): where u (B,) falls in the cumulative distribution."""
     p = logits.float().softmax(1).cumsum(1)
-    return torch.searchsorted(p, u[:, None] * p[:, -1:])[:, 0].clamp(max=logits.shape[1] - 1)
+    return torch.searchsorted(p, u[:, None] * p[:, -1:], right=True)[:, 0]
 
 
 @torch.no_grad()
@@ -281,7 +283,7 @@ def sample(prior, y, u, guidance=1.0):
         if guidance != 1:  # go further in the direction in which the class changes the logits
             uncond = prior(codes, none)[:, -1].float()
             logits = uncond + guidance * (logits - uncond)
-        codes = torch.cat([codes, draw_code(logits, u[:, i])[:, None]], dim=1)
+        codes = torch.cat([codes, draw(logits, u[:, i])[:, None]], dim=1)
     return codes
 
 
@@ -323,12 +325,15 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(x.reshape(p.shape), alpha=group["lr"] * tall**0.5)
 
 
-def optimizers(net, inside, lr, muon_lr):
-    """Muon for the matrices of the modules `inside`; Adam for the rest: vectors, embeddings, first
-    and last layer."""
+def optimizers(net, inside, lr, muon_lr, ckpt=None):
+    """Muon for the matrices of the modules `inside`; Adam for the rest: biases, norms, embeddings,
+    first and last layer. Their state is that of the checkpoint, if there is one."""
     matrices = [p for module in inside for p in module.parameters() if p.ndim > 1]
     others = [p for p in net.parameters() if all(p is not m for m in matrices)]
-    return [Muon(matrices, muon_lr), torch.optim.Adam(others, lr, (0.9, 0.95), fused=True)]
+    opts = [Muon(matrices, muon_lr), torch.optim.Adam(others, lr, (0.9, 0.95), fused=True)]
+    for opt, state in zip(opts, ckpt["optimizer"] if ckpt else []):
+        opt.load_state_dict(state)
+    return opts
 
 
 @torch.no_grad()
@@ -341,14 +346,9 @@ def train_codes(args, model, images, ckpt):
     """First stage: model.autoencoder."""
     net = model.autoencoder
     test, _ = test_set(args, 1000)
-    inside = [net.encoder[1:], net.decoder[:-1]]
-    opts = optimizers(net, inside, args.codes_lr, args.muon_lr)
-    start = 0
-    if ckpt:
-        for opt, state in zip(opts, ckpt["optimizer"]):
-            opt.load_state_dict(state)
-        start = ckpt["step"]
-    else:
+    opts = optimizers(net, [net.encoder[1:], net.decoder[:-1]], args.codes_lr, args.muon_lr, ckpt)
+    start = ckpt["step"] if ckpt else 0
+    if not ckpt:
         some = images[torch.randperm(len(images))[:1000].to(args.device)]
         net.codebook.begin(net.encode(to_float(some)))
     if args.compile:
@@ -390,13 +390,10 @@ def train_prior(args, model, images, labels, ckpt):
     """Second stage: a prior over codes, which no longer change. Its average is model.prior."""
     prior = copy.deepcopy(model.prior)
     model.prior.requires_grad_(False)
-    opts = optimizers(prior, prior.layers, args.lr, args.muon_lr)
-    start = 0
+    opts = optimizers(prior, prior.layers, args.lr, args.muon_lr, ckpt)
+    start = ckpt["step"] if ckpt else 0
     if ckpt:
         prior.load_state_dict(ckpt["model"])
-        for opt, state in zip(opts, ckpt["optimizer"]):
-            opt.load_state_dict(state)
-        start = ckpt["step"]
     codes = codes_of(model.autoencoder, images).flatten(1)  # (N, n)
     test, test_labels = test_set(args, 1000)
     test_codes = codes_of(model.autoencoder, test).flatten(1)
@@ -434,8 +431,7 @@ def train_prior(args, model, images, labels, ckpt):
 
 def train(args, ckpt=None):
     """Train both stages, from scratch or from a checkpoint of either, and return the model."""
-    images, labels = load_data(args.data, "train", args.data_dir)
-    images, labels = images.to(args.device), labels.to(args.device)
+    images, labels = (a.to(args.device) for a in load_data(args.data, "train", args.data_dir))
     args.shape = list(images.shape[1:])
     args.classes = int(labels.max()) + 1
     if args.shape[1] % 4 or args.shape[2] % 4:
@@ -453,11 +449,12 @@ def train(args, ckpt=None):
     return model
 
 
-# ---- 6. What a trained model is good for ---------------------------------------------------------
+# ---- 6. Using a trained model --------------------------------------------------------------------
 
 
 def test_set(args, num=None):
-    """The first num test images (N, C, H, W) uint8 and their classes (N,), on the device."""
+    """The first num test images (N, C, H, W) uint8 and their classes (N,), on the device. A class
+    that the training images lack is "none"."""
     images, labels = load_data(args.data, "test", args.data_dir)
     if list(images.shape[1:]) != args.shape:
         die(f"--data {args.data}: shape {list(images.shape[1:])}, but the model has {args.shape}")
@@ -519,12 +516,12 @@ def decompress(args, model):
     try:
         with np.load(args.decompress) as file:
             codes = torch.from_numpy(file["codes"].astype(np.int64, casting="safe"))
-        if codes.ndim != 3 or codes.max() >= args.codebook_size:
-            raise ValueError(f"shape {list(codes.shape)}, up to {codes.max()}")
+        if codes.ndim != 3 or codes.min() < 0 or codes.max() >= args.codebook_size:
+            raise ValueError(f"shape {list(codes.shape)}, {codes.min()} to {codes.max()}")
     except Exception as e:
         die(f"--decompress {args.decompress}: expected codes that this model has written ({e})")
     images = to_uint8(images_of(model.autoencoder, codes.to(args.device)))
-    path = args.save or args.out / "images.npz"
+    path = (args.save or args.out / "images").with_suffix(".npz")
     np.savez(path, images.permute(0, 2, 3, 1).cpu())
     say(f"{path}: {len(images):,} images")
 

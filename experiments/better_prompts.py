@@ -43,7 +43,7 @@ def continue_text(transformer, text, u):
         logits, _ = transformer(text, text[:, :0])  # (B, N, V + N)
         logits = logits[:, i].float()
         logits[known == i, V:] = -math.inf
-        token = dalle_mini.draw_code(logits, u[:, i])
+        token = dalle_mini.draw(logits, u[:, i])
         token = torch.where(i < known, text[:, i], token)
         ended |= token >= V
         text[:, i] = torch.where(ended, V + i, token)

@@ -139,8 +139,8 @@ def test_stream_is_two_distributions():
 def test_cache_changes_nothing(monkeypatch):
     """Every code is drawn, by its own random number, from the logits of the whole network with
     guidance w, also after given codes. Random numbers all over [0, 1) give each code its share."""
-    net, seen, draw = tiny(), [], dm.draw_code
-    monkeypatch.setattr(dm, "draw_code", lambda out, u: (seen.append(out), draw(out, u))[1])
+    net, seen, draw = tiny(), [], dm.draw
+    monkeypatch.setattr(dm, "draw", lambda out, u: (seen.append(out), draw(out, u))[1])
     text, u = torch.tensor([[0, 2, 6], [3, 5, 6]]), torch.rand(2, 6)
     for w, n, cached in itertools.product((0.0, 1.0, 2.5), (0, 1, 4), (False, True)):
         known = torch.randint(5, (2, n))

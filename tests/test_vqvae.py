@@ -97,7 +97,7 @@ def test_prior_is_a_causal_distribution_and_is_sampled():
         want = (p[0, 0, :, None] * p[::27, 1]).flatten()  # the first code of grid 27 k is k
         assert (found.bincount(minlength=9) / N - want).abs().max() < 4 * (0.25 / N) ** 0.5
     logits = torch.randn(1000, 256).index_fill(1, torch.tensor(255), -np.inf)
-    assert vqvae.draw_code(logits, torch.full((1000,), 1 - 2**-24)).max() == 254
+    assert vqvae.draw(logits, torch.full((1000,), 1 - 2**-24)).max() == 254
 
 
 def test_one_label_in_ten_is_none(tmp_path, monkeypatch):
