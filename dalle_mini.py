@@ -644,11 +644,10 @@ def load_checkpoint(path):
 
 def autocast(args):
     """bf16 on GPUs and CPUs that compute in it."""
-    if args.device == "cpu":
-        bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    else:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=bf16)
+    device = args.device.split(":")[0]
+    bf16 = (torch.cpu.get_capabilities().get("avx512_bf16", False) if device == "cpu"
+            else torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.autocast(device, torch.bfloat16, enabled=bf16)
 
 
 def parse_args(argv=None, config=None):
@@ -670,13 +669,9 @@ def parse_args(argv=None, config=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name, (*values, text) in HPARAMS.items():
         add("--" + name.replace("_", "-"), type=type(values[0]), help=f"{text} {tuple(values)}")
-    p.set_defaults(**(config or {}))
+    column = SIZES.index(p.parse_known_args(argv)[0].size)
+    p.set_defaults(**{name: row[column] for name, row in HPARAMS.items()} | (config or {}))
     args = p.parse_args(argv)
-    for name, row in HPARAMS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, row[SIZES.index(args.size)])
-    if not math.isfinite(args.guidance):
-        die(f"--guidance {args.guidance}: expected a finite number")
     to_tokens(args.prompt or [])  # or die
     return args
 

@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=8 ddpm.py --train --size paper --data cifar10 --out out/cifar
 
 Slides     Converting samples, Flow between distributions, Diffusion models, Noise schedule,
-           Training and Sampling a diffusion model, Predicting images instead of noise,
-           Add time dependency, SiLU
+           Training a diffusion model, Sampling from a diffusion model, Predicting images instead of
+           noise, Add time dependency, SiLU
 Equations  add noise   x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,   eps ~ N(0, I)
            schedule    abar_t = (1 - beta_1) ... (1 - beta_t), from 1 to almost 0
            loss        ||f(x_t, t, y) - target||^2,   target: eps, x_0, or a mixture of both,
@@ -229,7 +229,7 @@ def diffusion_loss(model, x0, y, t, eps, abar, predict):
     return F.mse_loss(out, target_of(x0, eps, a_t, predict))
 
 
-# ---- 5. Samplers (slides Converting samples, Sampling a diffusion model) -------------------------
+# ---- 5. Samplers (slides Converting samples, Sampling from a diffusion model) --------------------
 # Each step goes from x_t to x_s, s < t; x_s - x_t is the slide's flow. x0 is now the estimate of
 # x_0. With s = t - 1, a_t / a_s is the slide's alpha_t; in longer steps, a product of alphas.
 
@@ -320,8 +320,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model, args):
-    """Muon for the matrices inside the network; Adam for the rest: biases, norms, labels, first and
-    last layer."""
+    """Muon for the inner matrices; Adam for biases, norms, labels, first and last layer."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         inside = p.ndim > 1 and not name.startswith(("conv_", "label"))
@@ -348,6 +347,8 @@ def train(args, ckpt=None):
     images, labels = (a.to(args.device) for a in load_data(args.data, "train", args.data_dir))
     args.shape = list(images.shape[1:])
     args.classes = int(labels.max()) + 1
+    if args.shape[1] % args.patch or args.shape[2] % args.patch:
+        die(f"--data {args.data}: height and width must be multiples of --patch {args.patch}")
     torch.manual_seed(args.seed)
     model = build(args)
     ema = copy.deepcopy(model).requires_grad_(False).eval()  # averaged weights: better samples
@@ -376,7 +377,7 @@ def train(args, ckpt=None):
         eps = torch.randn(B, *args.shape, device=args.device)
         drop, mirror = torch.rand(2, B, device=args.device)
         index, t, eps, drop, mirror = (a[RANK::WORLD] for a in (index, t, eps, drop, mirror))
-        torch.manual_seed(step * WORLD + RANK)  # dropout differs between processes
+        torch.manual_seed(-(args.seed * 10_000_000 + step) * WORLD - RANK)  # dropout: own stream
         x0 = to_float(images[index])
         x0 = torch.where((mirror < args.flip)[:, None, None, None], x0.flip(3), x0)
         y = labels[index].masked_fill(drop < 0.1, args.classes)  # 10 % "none", which guidance needs
@@ -481,9 +482,10 @@ def load_data(name, split, folder):
     else:
         try:
             with np.load(name) as file:
-                images, labels = file["images"], file.get("labels")
-            images = images.astype(np.uint8, casting="safe").transpose(0, 3, 1, 2)
-            labels = np.zeros(len(images), np.uint8) if labels is None else labels
+                images = file["images"].astype(np.uint8, casting="safe").transpose(0, 3, 1, 2)
+                labels = file.get("labels", np.zeros(len(images), np.uint8))
+            if images.shape[1] not in (1, 3):
+                raise ValueError(f"{images.shape[1]} channels")
             part = (np.arange(len(images)) % 10 == 9) == (split == "test")  # a tenth for testing
             images, labels = images[part], labels[part]
         except Exception as e:
@@ -516,12 +518,11 @@ def save_png(path, *frames, fps=8):
 
     H, W, _ = frames[0].shape
     out = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", W, H, 8, 2, 0, 0, 0))
-    out += chunk(b"acTL", struct.pack(">2I", len(frames), 0)) if len(frames) > 1 else b""
+    out += chunk(b"acTL", struct.pack(">2I", len(frames), 0))
     for i, frame in enumerate(frames):
         data = zlib.compress(np.pad(frame.reshape(H, W * 3), ((0, 0), (1, 0))).tobytes())
-        if len(frames) > 1:
-            number = max(0, 2 * i - 1)  # chunks are numbered: fcTL 0, IDAT, fcTL 1, fdAT 2, ...
-            out += chunk(b"fcTL", struct.pack(">5I2H2B", number, W, H, 0, 0, 1, fps, 0, 0))
+        number = max(0, 2 * i - 1)  # chunks are numbered: fcTL 0, IDAT, fcTL 1, fdAT 2, ...
+        out += chunk(b"fcTL", struct.pack(">5I2H2B", number, W, H, 0, 0, 1, fps, 0, 0))
         out += chunk(b"fdAT", struct.pack(">I", 2 * i) + data) if i else chunk(b"IDAT", data)
     Path(path).write_bytes(out + chunk(b"IEND", b""))
 
@@ -552,11 +553,10 @@ def load_checkpoint(path):
 
 def autocast(args):
     """bf16 on GPUs and CPUs that compute in it."""
-    if args.device == "cpu":
-        bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    else:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=bf16)
+    device = args.device.split(":")[0]
+    bf16 = (torch.cpu.get_capabilities().get("avx512_bf16", False) if device == "cpu"
+            else torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.autocast(device, torch.bfloat16, enabled=bf16)
 
 
 def parse_args(argv=None, config=None):
@@ -579,12 +579,9 @@ def parse_args(argv=None, config=None):
         many = isinstance(values[0], list)
         add("--" + name.replace("_", "-"), type=type(values[0][0] if many else values[0]),
             nargs="+" if many else None, choices=CHOICES.get(name), help=f"{text} {tuple(values)}")
-    p.set_defaults(**(config or {}))
-    args = p.parse_args(argv)
-    for name, row in HPARAMS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, row[SIZES.index(args.size)])
-    return args
+    column = SIZES.index(p.parse_known_args(argv)[0].size)
+    p.set_defaults(**{name: row[column] for name, row in HPARAMS.items()} | (config or {}))
+    return p.parse_args(argv)
 
 
 def main(argv=None):

@@ -143,6 +143,7 @@ def precision_recall(X, Y, k=3):
 
 Seq = nn.Sequential
 ROW, COL = (1, 7), (7, 1)  # kernels
+AVERAGE = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
 WEIGHTS_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                "pt_inception-2015-12-05-6726825d.pth")  # ends in the first digits of its sha256
 
@@ -174,14 +175,10 @@ class Mixed(nn.ModuleList):
         return torch.cat([branch(x) for branch in self], dim=1)
 
 
-def average():
-    return nn.AvgPool2d(3, 1, 1, count_include_pad=False)
-
-
 def block_a(c, pooled):  # 35 x 35
     return Mixed([conv(c, 64, 1), Seq(conv(c, 48, 1), conv(48, 64, 5)),
                   Seq(conv(c, 64, 1), conv(64, 96, 3), conv(96, 96, 3)),
-                  Seq(average(), conv(c, pooled, 1))])
+                  Seq(AVERAGE, conv(c, pooled, 1))])
 
 
 def block_b(c):  # 35 x 35 -> 17 x 17
@@ -193,7 +190,7 @@ def block_c(c, m):  # 17 x 17; 7 x 7 as 1 x 7 and 7 x 1
     single = Seq(conv(c, m, 1), conv(m, m, ROW), conv(m, 192, COL))
     double = Seq(conv(c, m, 1), conv(m, m, COL), conv(m, m, ROW), conv(m, m, COL),
                  conv(m, 192, ROW))
-    return Mixed([conv(c, 192, 1), single, double, Seq(average(), conv(c, 192, 1))])
+    return Mixed([conv(c, 192, 1), single, double, Seq(AVERAGE, conv(c, 192, 1))])
 
 
 def block_d(c):  # 17 x 17 -> 8 x 8
@@ -214,7 +211,7 @@ def inception():
         conv(64, 80, 1), conv(80, 192, 3, pad=False), nn.MaxPool2d(3, 2),
         block_a(192, 32), block_a(256, 64), block_a(288, 64), block_b(288),
         block_c(768, 128), block_c(768, 160), block_c(768, 160), block_c(768, 192),
-        block_d(768), block_e(1280, average()), block_e(2048, nn.MaxPool2d(3, 1, 1)),
+        block_d(768), block_e(1280, AVERAGE), block_e(2048, nn.MaxPool2d(3, 1, 1)),
         nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
@@ -265,20 +262,14 @@ def describe(X, logits=None, labels=None):
     return dict(n=len(X), X=X, mu=mu, S=S, logits=logits, labels=labels)
 
 
-def accuracy(found):
-    """Share of a set's images that the classifier reads as their labels."""
-    return float((found["logits"].argmax(1) == found["labels"]).float().mean())
-
-
 # ---- 5. Features of our own, for small images ----------------------------------------------------
 
 
 class Classifier(nn.Module):
-    """Images (B, C, H, W) in [-1, 1] -> features (B, 4 width), and logits (B, classes)."""
+    """Images (B, C, H, W) in [-1, 1] -> features (B, 4 w), and logits (B, classes)."""
 
-    def __init__(self, C, width, classes):
+    def __init__(self, C, w, classes):
         super().__init__()
-        w = width
         self.body = Seq(
             conv(C, w, 3), nn.MaxPool2d(2), conv(w, 2 * w, 3), conv(2 * w, 2 * w, 3),
             nn.MaxPool2d(2), conv(2 * w, 4 * w, 3), conv(4 * w, 4 * w, 3))
@@ -327,7 +318,7 @@ def train(args, ckpt=None):
         torch.manual_seed(args.seed * 10_000_000 + step)  # --resume continues exactly
         index = torch.randint(len(images), (args.batch_size,), device=args.device)
         x, y = augment(to_float(images[index]), args.flip), labels[index]
-        for group in opt.param_groups:  # warm up over a tenth, then down to zero
+        for group in opt.param_groups:  # warm up over a tenth, then to almost 0
             group["lr"] = args.lr * min(1, 10 * step / args.steps) * (1 - (step - 1) / args.steps)
         with autocast(args):
             logits = model(x)[1]
@@ -341,7 +332,8 @@ def train(args, ckpt=None):
             save_checkpoint(args, step, model=model.state_dict(), optimizer=opt.state_dict())
     images, labels = load_data(args.data, "test", args.data_dir)
     test = summarise(lambda x: model.eval()(to_float(x)), images, labels, args, "test")
-    say(f"accuracy on {args.data}:test: {accuracy(test):.4f}")
+    right = (test["logits"].argmax(1) == labels).float().mean()
+    say(f"accuracy on {args.data}:test: {right:.4f}")
 
 
 def choose_features(args):
@@ -414,10 +406,8 @@ def read_set(spec, f, args):
     """summarise() of what spec names; or mu and S alone, of an .npz that holds them, as written by
     --save-stats or pytorch-fid. ValueError if there is no such set."""
     try:
-        if spec.endswith(".npz"):
-            file = np.load(spec)
-            if "mu" in file and "sigma" in file:
-                return dict(n=0, X=None, mu=file["mu"], S=file["sigma"], logits=None, labels=None)
+        if spec.endswith(".npz") and "mu" in (file := np.load(spec)):
+            return dict(n=0, X=None, mu=file["mu"], S=file["sigma"], logits=None, labels=None)
         images, labels = read_images(spec, args.data_dir)
     except Exception as e:  # damaged files raise many types
         raise ValueError(f"{spec}: {e}") from None
@@ -439,7 +429,7 @@ def measures(real, fake):
         found["KID x 1000"] = 1000 * kid(X, Y)
         found["precision"], found["recall"] = precision_recall(X, Y)
     if fake["logits"] is not None and fake["labels"] is not None:
-        found["accuracy"] = accuracy(fake)
+        found["accuracy"] = float((fake["logits"].argmax(1) == fake["labels"]).float().mean())
     return found
 
 
@@ -552,9 +542,10 @@ def load_data(name, split, folder):
     else:
         try:
             with np.load(name) as file:
-                images, labels = file["images"], file.get("labels")
-            images = images.astype(np.uint8, casting="safe").transpose(0, 3, 1, 2)
-            labels = np.zeros(len(images), np.uint8) if labels is None else labels
+                images = file["images"].astype(np.uint8, casting="safe").transpose(0, 3, 1, 2)
+                labels = file.get("labels", np.zeros(len(images), np.uint8))
+            if images.shape[1] not in (1, 3):
+                raise ValueError(f"{images.shape[1]} channels")
             part = (np.arange(len(images)) % 10 == 9) == (split == "test")  # a tenth for testing
             images, labels = images[part], labels[part]
         except Exception as e:
@@ -593,11 +584,10 @@ def load_checkpoint(path):
 
 def autocast(args):
     """bf16 on GPUs and CPUs that compute in it."""
-    if args.device == "cpu":
-        bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    else:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=bf16)
+    device = args.device.split(":")[0]
+    bf16 = (torch.cpu.get_capabilities().get("avx512_bf16", False) if device == "cpu"
+            else torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.autocast(device, torch.bfloat16, enabled=bf16)
 
 
 def parse_args(argv=None, config=None):
@@ -620,12 +610,9 @@ def parse_args(argv=None, config=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name, (*values, text) in HPARAMS.items():
         add("--" + name.replace("_", "-"), type=type(values[0]), help=f"{text} {tuple(values)}")
-    p.set_defaults(**(config or {}))
-    args = p.parse_args(argv)
-    for name, row in HPARAMS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, row[SIZES.index(args.size)])
-    return args
+    column = SIZES.index(p.parse_known_args(argv)[0].size)
+    p.set_defaults(**{name: row[column] for name, row in HPARAMS.items()} | (config or {}))
+    return p.parse_args(argv)
 
 
 def main(argv=None):

@@ -881,11 +881,10 @@ def load_checkpoint(path):
 
 def autocast(args):
     """bf16 on GPUs and CPUs that compute in it."""
-    if args.device == "cpu":
-        bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    else:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=bf16)
+    device = args.device.split(":")[0]
+    bf16 = (torch.cpu.get_capabilities().get("avx512_bf16", False) if device == "cpu"
+            else torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.autocast(device, torch.bfloat16, enabled=bf16)
 
 
 def parse_args(argv=None, config=None):
@@ -909,13 +908,9 @@ def parse_args(argv=None, config=None):
         many = isinstance(values[0], list)
         add("--" + name.replace("_", "-"), type=type(values[0][0] if many else values[0]),
             nargs="+" if many else None, choices=CHOICES.get(name), help=f"{text} {tuple(values)}")
-    p.set_defaults(**(config or {}))
+    column = SIZES.index(p.parse_known_args(argv)[0].size)
+    p.set_defaults(**{name: row[column] for name, row in HPARAMS.items()} | (config or {}))
     args = p.parse_args(argv)
-    for name, row in HPARAMS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, row[SIZES.index(args.size)])
-    if not math.isfinite(args.guidance):
-        die(f"--guidance {args.guidance}: expected a finite number")
     to_tokens(args.prompt or [])  # or die
     return args
 

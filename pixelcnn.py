@@ -595,9 +595,10 @@ def load_data(name, split, folder):
     else:
         try:
             with np.load(name) as file:
-                images, labels = file["images"], file.get("labels")
-            images = images.astype(np.uint8, casting="safe").transpose(0, 3, 1, 2)
-            labels = np.zeros(len(images), np.uint8) if labels is None else labels
+                images = file["images"].astype(np.uint8, casting="safe").transpose(0, 3, 1, 2)
+                labels = file.get("labels", np.zeros(len(images), np.uint8))
+            if images.shape[1] not in (1, 3):
+                raise ValueError(f"{images.shape[1]} channels")
             part = (np.arange(len(images)) % 10 == 9) == (split == "test")  # a tenth for testing
             images, labels = images[part], labels[part]
         except Exception as e:
@@ -679,13 +680,9 @@ def parse_args(argv=None, config=None):
         many = isinstance(values[0], list)
         add("--" + name.replace("_", "-"), type=type(values[0][0] if many else values[0]),
             nargs="+" if many else None, choices=CHOICES.get(name), help=f"{text} {tuple(values)}")
-    p.set_defaults(**(config or {}))
+    column = SIZES.index(p.parse_known_args(argv)[0].size)
+    p.set_defaults(**{name: row[column] for name, row in HPARAMS.items()} | (config or {}))
     args = p.parse_args(argv)
-    for name, row in HPARAMS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, row[SIZES.index(args.size)])
-    if not math.isfinite(args.guidance):
-        die(f"--guidance {args.guidance}: expected a finite number")
     return args
 
 

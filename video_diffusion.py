@@ -88,16 +88,16 @@ def look_at(eye, target):
 
 def orbit(azimuth, elevation, distance, view, size):
     """Cameras around the table that look at its middle: azimuth (n, F), elevation and angle of view
-    (n,) in degrees, distance (n,) -> K (n, F, 3, 3), pose (n, F, 3, 4)."""
-    a, e = torch.deg2rad(azimuth), torch.deg2rad(elevation)[:, None].expand_as(azimuth)
+    (n, 1) in degrees, distance (n, 1) -> K (n, F, 3, 3), pose (n, F, 3, 4)."""
+    a, e = torch.deg2rad(azimuth), torch.deg2rad(elevation).expand_as(azimuth)
     direction = torch.stack([e.cos() * a.cos(), e.cos() * a.sin(), e.sin()], dim=-1)
-    eye = distance[:, None, None] * direction
+    eye = distance[..., None] * direction
     focal = size / 2 / torch.tan(torch.deg2rad(view) / 2)  # in pixels
     K = torch.zeros(*azimuth.shape, 3, 3)
-    K[..., 0, 0] = K[..., 1, 1] = focal[:, None]
+    K[..., 0, 0] = K[..., 1, 1] = focal
     K[..., 0, 2] = K[..., 1, 2] = size / 2
     K[..., 2, 2] = 1
-    return K, look_at(eye, torch.tensor([0, 0, 0.15]).expand_as(eye))
+    return K, look_at(eye, torch.tensor([0, 0, 0.15]))
 
 
 def pixel_rays(K, pose, H, W, scale=1.0):
@@ -161,7 +161,7 @@ def trace_rays(scenes, K, pose, H, W, fine=2):
     """Clips (n, F, 3, H, W) in 0..1 of n scenes; a pixel is the mean of fine x fine rays."""
     d = pixel_rays(K, pose, H * fine, W * fine, fine).flatten(2, 3)  # (n, F, P, 3)
     o = pose[:, :, None, :, 3].expand_as(d)
-    # which the ray hits first: 0 or 1, a sphere; 2, the table
+    # distance s to the table, inf where it is missed
     s = torch.where(d[..., 2] < 0, -o[..., 2] / d[..., 2], math.inf)
     at = o[..., :2] + s.nan_to_num(posinf=0)[..., None] * d[..., :2]
     cos, sin = scenes.turn.cos()[:, None, None], scenes.turn.sin()[:, None, None]
@@ -169,7 +169,7 @@ def trace_rays(scenes, K, pose, H, W, fine=2):
     ty = cos * at[..., 1] - sin * at[..., 0]
     s = torch.where((tx.abs() <= TABLE) & (ty.abs() <= TABLE), s, math.inf)
     s = torch.cat([sphere_distances(scenes.centre, scenes.radius, o, d), s[..., None]], dim=-1)
-    s, which = s.min(dim=-1)  # (n, F, P)
+    s, which = s.min(dim=-1)  # (n, F, P); what is hit first: 0 or 1, a sphere; 2, the table
     point = o + s.nan_to_num(posinf=0)[..., None] * d
     # the sun's light comes along a straight line, unless a sphere is in the way
     sun = scenes.sun[:, None, None].expand_as(d)
@@ -180,12 +180,11 @@ def trace_rays(scenes, K, pose, H, W, fine=2):
     radius = torch.where(second, scenes.radius[:, None, None, 1:], scenes.radius[:, None, None, :1])
     normal = (point - centre) / radius
     cosine = (normal * sun).sum(-1).clamp(min=0)  # Lambert's law
-    sphere = colour * (AMBIENT + (1 - AMBIENT) * cosine * lit)[..., None]
     dark = (((tx + TABLE) / TILE).floor() + ((ty + TABLE) / TILE).floor()) % 2 == 1
     tone = torch.where(dark, scenes.tone[:, 1, None, None], scenes.tone[:, 0, None, None])
-    table = (tone * (AMBIENT + (1 - AMBIENT) * lit))[..., None].expand_as(point)
-    x = torch.where((which < 2)[..., None], sphere, table)
-    x = torch.where(s.isinf()[..., None], SKY.to(x.device), x)
+    albedo = torch.where((which < 2)[..., None], colour, tone[..., None])
+    light = AMBIENT + (1 - AMBIENT) * torch.where(which < 2, cosine, 1) * lit
+    x = torch.where(s.isinf()[..., None], SKY.to(d.device), albedo * light[..., None])
     x = x.flatten(0, 1).mT.unflatten(2, (H * fine, W * fine))  # (n F, 3, H fine, W fine)
     return F.avg_pool2d(x, fine).unflatten(0, K.shape[:2])
 
@@ -214,8 +213,7 @@ def roll(p, v, radius, frames, fine=8):
 
 def fixed_camera(n, frames, size):
     """The camera of the rolling spheres, K (n, F, 3, 3) and pose (n, F, 3, 4): high above them."""
-    a, e, distance, view = (torch.full((n,), x) for x in (15.0, 55.0, 3.5, 42.0))
-    return orbit(a[:, None].expand(-1, frames), e, distance, view, size)
+    return orbit(torch.full((n, frames), 15.0), *torch.tensor([55.0, 3.5, 42.0]), size)
 
 
 def random_world(data, n, frames, size, rng):
@@ -249,7 +247,7 @@ def random_world(data, n, frames, size, rng):
         step = u(15, 45) * torch.from_numpy(rng.choice([-1, 1], n)).float()
         step = torch.full((n,), 360 / frames) if data == "circle" else step
         azimuth = step[:, None] * torch.arange(frames)
-        K, pose = orbit(azimuth, u(25, 50), u(2.7, 3.3), u(38, 46), size)
+        K, pose = orbit(azimuth, u(25, 50, 1), u(2.7, 3.3, 1), u(38, 46, 1), size)
     centre = torch.cat([path, radius[:, None, :, None].expand(-1, frames, -1, -1)], dim=-1)
     colour = HUES[torch.from_numpy(rng.permuted(np.tile(np.arange(6), (n, 1)), axis=1)[:, :2])]
     height, around = torch.deg2rad(height), torch.deg2rad(around)
@@ -282,11 +280,10 @@ def load_clips(args, split, num):
     try:
         with np.load(args.data) as file:
             clips = file["clips"].astype(np.uint8, casting="safe").transpose(0, 1, 4, 2, 3)
-        if clips.shape[3] % args.patch or clips.shape[4] % args.patch:
-            raise ValueError(f"H and W must be divisible by --patch {args.patch}")
-        if len(clips) < 2 or clips.shape[2] not in (1, 3):
-            raise ValueError(f"found {len(clips)} clips of {clips.shape[2]} channels")
-        part = (np.arange(len(clips)) % 10 == 0) == (split == "test")  # a tenth for testing
+        N, _, C, H, W = clips.shape
+        if N < 2 or C not in (1, 3) or H % args.patch or W % args.patch:
+            raise ValueError(f"found {N} of {H} x {W} and {C} channels; --patch {args.patch}")
+        part = (np.arange(N) % 10 == 0) == (split == "test")  # a tenth for testing
         clips = torch.from_numpy(clips[part].copy())
     except Exception as e:
         die(f"--data {args.data}: expected roll, orbit, or an .npz file with clips (N, F, H, W, 1 "
@@ -399,7 +396,7 @@ class VideoUNet(nn.Module):
     def __init__(self, C, patch, width, mults, blocks, heads):
         super().__init__()
         self.patch, self.width = patch, width
-        D, last = 4 * width, len(mults) - 1
+        D = 4 * width
         self.time_mlp = nn.Sequential(nn.Linear(width, D), nn.SiLU(), nn.Linear(D, D))
         self.conv_in = nn.Conv2d(C * patch**2 + RAYS, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -409,7 +406,7 @@ class VideoUNet(nn.Module):
                 self.down.append(FrameBlock(ch, m * width, D, heads * (j == blocks - 1)))
                 ch = m * width
                 skip_channels.append(ch)
-            if i < last:
+            if i < len(mults) - 1:
                 self.down.append(nn.Conv2d(ch, ch, 3, stride=2, padding=1))
                 skip_channels.append(ch)
         self.middle = nn.ModuleList([FrameBlock(ch, ch, D, heads), FrameBlock(ch, ch, D)])
@@ -445,7 +442,7 @@ class VideoUNet(nn.Module):
         return F.pixel_shuffle(h, self.patch).float().view_as(x)
 
 
-# ---- 5. Noise and loss (as in ddpm.py) -----------------------------------------------------------
+# ---- 5. Noise (as in ddpm.py) and loss -----------------------------------------------------------
 
 
 def cosine_abar():
@@ -480,7 +477,7 @@ def video_loss(model, x0, rays, t, eps, abar):
     return ((error * (t > 0)).sum(1) / (t > 0).sum(1).clamp(min=1)).mean()
 
 
-# ---- 6. Sampler (slide Sampling a diffusion model) -----------------------------------------------
+# ---- 6. Sampler (slide Sampling from a diffusion model) ------------------------------------------
 
 
 def ancestral_step(xt, x0, a_t, a_s, z):
@@ -597,7 +594,7 @@ def train(args, ckpt=None):
         if pictures:
             frame = torch.randint(frames, (n, 1), device=device)
         index = torch.randint(len(clips), (n, 1), device=device)
-        u = (torch.arange(n, device=device) / n + torch.rand((), device=device)) % 1  # even spread
+        u = (torch.rand((), device=device) + torch.arange(n, device=device) / n) % 1  # even spread
         # With little noise each frame shows by itself where things are. Motion is learned where
         # there is much, so every second clip gets a large t.
         u[::2] = u[::2] ** 0.2
@@ -619,7 +616,7 @@ def train(args, ckpt=None):
             opt.step()
             opt.zero_grad()
         ema_update(ema, model, step)
-        if step % 20 == 1:
+        if step % 20 == 1:  # with the default --picture-every, a step on clips
             bar.set_postfix(loss=f"{loss.item():.4f}")
         if RANK == 0 and (step % args.every == 0 or step == args.steps):
             save_checkpoint(args, step, model=model.state_dict(), ema=ema.state_dict(),
@@ -711,12 +708,11 @@ def save_png(path, *frames, fps=8):
 
     H, W, _ = frames[0].shape
     out = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", W, H, 8, 2, 0, 0, 0))
-    out += chunk(b"acTL", struct.pack(">2I", len(frames), 0)) if len(frames) > 1 else b""
+    out += chunk(b"acTL", struct.pack(">2I", len(frames), 0))
     for i, frame in enumerate(frames):
         data = zlib.compress(np.pad(frame.reshape(H, W * 3), ((0, 0), (1, 0))).tobytes())
-        if len(frames) > 1:
-            number = max(0, 2 * i - 1)  # chunks are numbered: fcTL 0, IDAT, fcTL 1, fdAT 2, ...
-            out += chunk(b"fcTL", struct.pack(">5I2H2B", number, W, H, 0, 0, 1, fps, 0, 0))
+        number = max(0, 2 * i - 1)  # chunks are numbered: fcTL 0, IDAT, fcTL 1, fdAT 2, ...
+        out += chunk(b"fcTL", struct.pack(">5I2H2B", number, W, H, 0, 0, 1, fps, 0, 0))
         out += chunk(b"fdAT", struct.pack(">I", 2 * i) + data) if i else chunk(b"IDAT", data)
     Path(path).write_bytes(out + chunk(b"IEND", b""))
 
@@ -747,11 +743,10 @@ def load_checkpoint(path):
 
 def autocast(args):
     """bf16 on GPUs and CPUs that compute in it."""
-    if args.device == "cpu":
-        bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    else:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=bf16)
+    device = args.device.split(":")[0]
+    bf16 = (torch.cpu.get_capabilities().get("avx512_bf16", False) if device == "cpu"
+            else torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.autocast(device, torch.bfloat16, enabled=bf16)
 
 
 def parse_args(argv=None, config=None):
@@ -773,11 +768,9 @@ def parse_args(argv=None, config=None):
         many = isinstance(values[0], list)
         add("--" + name.replace("_", "-"), type=type(values[0][0] if many else values[0]),
             nargs="+" if many else None, help=f"{text} {tuple(values)}")
-    p.set_defaults(**(config or {}))
+    column = SIZES.index(p.parse_known_args(argv)[0].size)
+    p.set_defaults(**{name: row[column] for name, row in HPARAMS.items()} | (config or {}))
     args = p.parse_args(argv)
-    for name, row in HPARAMS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, row[SIZES.index(args.size)])
     args.model = f"{NAME}_orbit" if args.data == "orbit" else NAME
     args.out = args.out or Path("out") / args.model
     return args

@@ -581,9 +581,10 @@ def load_data(name, split, folder):
     else:
         try:
             with np.load(name) as file:
-                images, labels = file["images"], file.get("labels")
-            images = images.astype(np.uint8, casting="safe").transpose(0, 3, 1, 2)
-            labels = np.zeros(len(images), np.uint8) if labels is None else labels
+                images = file["images"].astype(np.uint8, casting="safe").transpose(0, 3, 1, 2)
+                labels = file.get("labels", np.zeros(len(images), np.uint8))
+            if images.shape[1] not in (1, 3):
+                raise ValueError(f"{images.shape[1]} channels")
             part = (np.arange(len(images)) % 10 == 9) == (split == "test")  # a tenth for testing
             images, labels = images[part], labels[part]
         except Exception as e:
@@ -647,11 +648,10 @@ def load_checkpoint(path):
 
 def autocast(args):
     """bf16 on GPUs and CPUs that compute in it."""
-    if args.device == "cpu":
-        bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    else:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=bf16)
+    device = args.device.split(":")[0]
+    bf16 = (torch.cpu.get_capabilities().get("avx512_bf16", False) if device == "cpu"
+            else torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.autocast(device, torch.bfloat16, enabled=bf16)
 
 
 def parse_args(argv=None, config=None):
@@ -675,13 +675,9 @@ def parse_args(argv=None, config=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name, (*values, text) in HPARAMS.items():
         add("--" + name.replace("_", "-"), type=type(values[0]), help=f"{text} {tuple(values)}")
-    p.set_defaults(**(config or {}))
+    column = SIZES.index(p.parse_known_args(argv)[0].size)
+    p.set_defaults(**{name: row[column] for name, row in HPARAMS.items()} | (config or {}))
     args = p.parse_args(argv)
-    for name, row in HPARAMS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, row[SIZES.index(args.size)])
-    if not math.isfinite(args.guidance):
-        die(f"--guidance {args.guidance}: expected a finite number")
     return args
 
 

@@ -195,6 +195,6 @@ def test_training_and_drawing(tmp_path, monkeypatch):
     assert torch.equal(shown[-1].flatten(1)[:, :32], known[-1])
     a, b = (picture.reshape(8, 98, 10, 98, 3) for picture in pictures[-2:])
     assert (a[:, :, 1:] == b[:, :, 1:]).all() and (a[:, :, 0] != b[:, :, 0]).any()
-    for flag, value in (("--prompt", "a red horse"), ("--prompt", "a " * 9), ("--guidance", "nan")):
-        said = call(dm, *train.split(), flag, value, "--out", "other", cwd=tmp_path, code=2)
+    for prompt in ("a red horse", "a " * 9):
+        said = call(dm, *train.split(), "--prompt", prompt, "--out", "other", cwd=tmp_path, code=2)
         assert said.count("\n") == 1 and not (tmp_path / "other").exists()

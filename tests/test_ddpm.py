@@ -7,6 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from inprocess import call
 
 import ddpm
 
@@ -145,8 +146,9 @@ def test_noise_is_drawn_once(monkeypatch):
 
 
 def test_data(tmp_path):
-    """Every tenth image of an .npz file is for testing; it may lack labels. CIFAR-10 are labels
-    with three colour planes. MNIST's classes, first labels and mean are as published."""
+    """Every tenth image of an .npz file is for testing; it may lack labels; odd sizes do not fit
+    patches of two pixels. CIFAR-10 are labels with three colour planes. MNIST's classes, first
+    labels and mean are as published."""
     rng, test = np.random.default_rng(0), np.arange(30) % 10 == 9
     own, cifar = (rng.integers(0, 256, shape, np.uint8) for shape in ((30, 5, 7, 3), (6, 20, 3073)))
     np.savez(tmp_path / "a.npz", images=own, labels=np.arange(30) % 4)
@@ -164,6 +166,7 @@ def test_data(tmp_path):
         images, labels = ddpm.load_data("cifar10", split, tmp_path)
         assert np.array_equal(images, part[..., 1:].reshape(-1, 3, 32, 32))
         assert np.array_equal(labels, part[..., 0].flatten())
+    assert "multiples of --patch 2" in call(ddpm, "--train", "--data", "a.npz", cwd=tmp_path, code=2)
     images, labels = ddpm.load_data("mnist", "train", ddpm.HERE / "data")
     published = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert labels.bincount().tolist() == published and labels[:5].tolist() == [5, 0, 4, 1, 9]

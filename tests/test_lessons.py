@@ -318,10 +318,11 @@ def test_bad_data(name, trained, tmp_path):
     before = model.read_bytes()
     np.savez(tmp_path / "float.npz", images=np.zeros((20, 8, 8, 1)))
     np.savez(tmp_path / "flat.npz", images=np.zeros((20, 8), np.uint8))
+    np.savez(tmp_path / "rgba.npz", images=np.zeros((20, 8, 8, 4), np.uint8))
     np.savez(tmp_path / "labels.npz", images=np.zeros((20, 8, 8, 1), np.uint8), labels=[0, 1])
     np.savez(tmp_path / "pickle.npz", images=np.array([Malicious()]))
     (tmp_path / "junk.npz").write_bytes(b"junk")
-    files = "nonsense none.npz float.npz flat.npz labels.npz pickle.npz junk.npz"
+    files = "nonsense none.npz float.npz flat.npz rgba.npz labels.npz pickle.npz junk.npz"
     for data in files.split():
         said = refused(name, tmp_path, "--train", "--data", data, "--out", model.parent)
         assert f"--data {data}: expected mnist, fashion, cifar10, or an .npz file" in said
