@@ -70,7 +70,7 @@ HPARAMS = {  # each row is a flag; --size picks the column: small is Flux, the o
     "double": (2, 2, 4, 19, "flux: blocks with separate weights for text and image"),
     "single": (2, 2, 8, 38, "flux: blocks with shared weights"),
     "flux_heads": (4, 4, 8, 24, "flux: attention heads, a divisor of width / 4"),
-    "steps": (1200, 1500, 50_000, 500_000, "training steps of the second stage"),
+    "steps": (1000, 1500, 50_000, 500_000, "training steps of the second stage"),
     "batch_size": (64, 64, 512, 2048, "scenes per step of either stage, over all GPUs"),
     "lr": (2e-3, 4e-3, 3e-4, 1e-4, "peak learning rate of Adam in the second stage"),
     "muon_lr": (0.02, 0.01, 0.01, 0.01, "peak learning rate of Muon there: most matrices"),
