@@ -120,7 +120,7 @@ def test_codes_hold_all_that_the_decoder_gets(K, kind, tmp_path):
     net.codebook.begin(net.encode(x[:4]))
     vqvae.save_checkpoint(args, 1, ema=model.state_dict())
     np.savez(tmp_path / "own.npz", images=IMAGES, codes=np.full((1, 2, 3), K, "u2"))
-    np.savez(tmp_path / "odd.npz", images=IMAGES.repeat(9, 1)[:, :9])
+    np.savez(tmp_path / "odd.npz", images=IMAGES.repeat(9, 1)[:, :9], codes=np.full((1, 2, 3), -1))
     run = lambda flags, code=0: call(vqvae, *flags.split(), "--out", ".", cwd=tmp_path, code=code)
     run("--compress own.npz --save a.npz")
     run("--decompress a.npz --save b.npz")
@@ -137,5 +137,5 @@ def test_codes_hold_all_that_the_decoder_gets(K, kind, tmp_path):
     (out.square().mean() + bits).backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
     for flags in ("--train --data odd.npz", "--reconstruct --data odd.npz", "--compress odd.npz",
-                  "--decompress own.npz"):
+                  "--decompress own.npz", "--decompress odd.npz"):
         assert run(flags, code=2).count("\n") == 1
