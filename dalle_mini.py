@@ -49,14 +49,14 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "code_dim": (16, 32, "d: length of a code's vector"),
     "codes_width": (64, 128, "channels of encoder and decoder"),
     "codes_steps": (2500, 20_000, "training steps of the first stage"),
-    "codes_lr": (2e-3, 1e-3, "its peak learning rate"),
+    "codes_lr": (2e-3, 1e-3, "its peak learning rate of Adam"),
     "width": (128, 512, "D: channels of the transformer"),
     "layers": (4, 8, "its blocks"),
     "heads": (4, 8, "its attention heads, a divisor of width"),
     "steps": (1300, 50_000, "training steps of the second stage, the transformer"),
     "batch_size": (64, 256, "scenes per step of either stage, over all GPUs"),
     "lr": (3e-3, 5e-4, "peak learning rate of Adam there: biases, norms, embeddings, output"),
-    "muon_lr": (0.02, 0.01, "peak learning rate of Muon there: matrices of the blocks"),
+    "muon_lr": (0.02, 0.01, "peak learning rate of Muon, in both: all other matrices"),
     "every": (500, 5000, "steps between checkpoints"),
     "guidance": (2.0, 2.0, "w: larger is more faithful to the text and less varied; 1 is off"),
 }
@@ -413,16 +413,53 @@ def build(args):
     return nn.ModuleDict({"autoencoder": autoencoder, "transformer": transformer}).to(args.device)
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum as a matrix (out, rest) with all singular values made about 1: rare directions learn
+    as fast as strong ones (Jordan et al. 2024). Weight decay keeps the weights small."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        for p in group["params"]:
+            if p.grad is not None:
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                m.lerp_(p.grad, 0.05)
+                x = F.normalize(p.grad.lerp(m, 0.95).flatten(1), dim=(0, 1))
+                tall = max(1, len(x) / x.shape[1])  # how many times as high as wide
+                x = x.mT if tall > 1 else x  # now x x^T is small
+                for _ in range(5):  # Newton-Schulz: a polynomial that takes them to about 1
+                    a = x @ x.mT
+                    a = torch.addmm(a, a, a, beta=-4.775, alpha=2.0315)  # 2.0315 a a - 4.775 a
+                    x = torch.addmm(x, a, x, beta=3.4445)  # 3.4445 x + a x
+                x = x.mT if tall > 1 else x
+                p.mul_(1 - 0.3 * group["lr"])
+                p.sub_(x.reshape(p.shape), alpha=group["lr"] * tall**0.5)
+
+
+def optimizers(net, outside, lr, muon_lr, ckpt=None):
+    """Muon for the matrices inside the network; Adam for the rest: biases, norms, and what is named
+    in `outside`. Their state is that of the checkpoint, if there is one."""
+    matrices, others = [], []
+    for name, p in net.named_parameters():
+        inside = p.ndim > 1 and not any(f".{part}." in f".{name}." for part in outside)
+        (matrices if inside else others).append(p)
+    opts = [Muon(matrices, muon_lr), torch.optim.Adam(others, lr, (0.9, 0.95), fused=True)]
+    for opt, state in zip(opts, ckpt["optimizer"] if ckpt else []):
+        opt.load_state_dict(state)
+    return opts
+
+
 def train_autoencoder(args, model, ckpt):
     """First stage: encoder, codebook and decoder."""
     images, _, _ = load_scenes(args.scenes, "train", "seen", args)
     test, _, _ = load_scenes(500, "test", "all", args)
     net = model.autoencoder
-    opt = torch.optim.Adam(net.parameters(), args.codes_lr, (0.9, 0.95), fused=True)
+    opts = optimizers(net, ["encoder.0", "decoder.6"], args.codes_lr, args.muon_lr, ckpt)
     start = ckpt["step"] if ckpt else 0
-    if ckpt:
-        opt.load_state_dict(ckpt["optimizer"])
-    else:
+    if not ckpt:
         net.codebook.begin(net.encode(to_float(images[:1000])))
     if args.compile:
         net.compile()
@@ -436,19 +473,21 @@ def train_autoencoder(args, model, ckpt):
         torch.manual_seed(args.seed * 10_000_000 + step)
         index = torch.randint(len(images), (args.batch_size,), device=args.device)[RANK::WORLD]
         x = to_float(images[index])
-        for group in opt.param_groups:  # warm up for 100 steps, then down to almost 0
-            group["lr"] = args.codes_lr * min(1, step / 100) * (1 - (step - 1) / args.codes_steps)
         with autocast(args):
             back, _, commitment = ddp(x)
             error = F.mse_loss(back, x)
         (error + commitment).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad()
+        rate = min(1, step / 100) * (1 - (step - 1) / args.codes_steps)  # warm up, then to almost 0
+        for opt in opts:
+            opt.param_groups[0]["lr"] = rate * opt.defaults["lr"]
+            opt.step()
+            opt.zero_grad()
         if step % 20 == 0:
             bar.set_postfix_str(f"squared error {error.item():.4f}")
         if RANK == 0 and (step % args.every == 0 or step == args.codes_steps):
-            save_checkpoint(args, step, ema=model.state_dict(), optimizer=opt.state_dict())
+            save_checkpoint(args, step, ema=model.state_dict(),
+                            optimizer=[opt.state_dict() for opt in opts])
             net.eval()
             codes = codes_of(net, test)
             error = F.mse_loss(images_of(net, codes), to_float(test))
@@ -464,26 +503,16 @@ def load_tokens(args, model, n, split, pairs):
     return to_tokens(texts).to(args.device), codes_of(model.autoencoder, images).flatten(1)
 
 
-def optimizers(transformer, args):
-    """Muon for the matrices of the blocks: it makes all singular values of a step about 1, so that
-    rare directions learn as fast as strong ones (Jordan et al. 2024). Adam for the rest."""
-    matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2]
-    others = [p for p in transformer.parameters() if all(p is not m for m in matrices)]
-    return [torch.optim.Muon(matrices, args.muon_lr, weight_decay=0.3),
-            torch.optim.Adam(others, args.lr, (0.9, 0.95), fused=True)]
-
-
 def train_transformer(args, model, ckpt):
     """Second stage, over the codes of the first. model.transformer becomes the average of net."""
     text, codes = load_tokens(args, model, args.scenes, "train", "seen")
     tests = [load_tokens(args, model, 250, "test", pairs) for pairs in ("seen", "held-out")]
     net = copy.deepcopy(model.transformer)
-    opts = optimizers(net, args)
+    outside = ["word", "code", "start", "place", "row", "col", "word_head", "code_head"]
+    opts = optimizers(net, outside, args.lr, args.muon_lr, ckpt)
     start = ckpt["step"] if ckpt else 0
     if ckpt:
         net.load_state_dict(ckpt["model"])
-        for opt, state in zip(opts, ckpt["optimizer"]):
-            opt.load_state_dict(state)
     if args.compile:
         net.compile()
     ddp = DistributedDataParallel(net) if WORLD > 1 else net

@@ -55,7 +55,7 @@ HPARAMS = {  # each row is a flag; --size picks the column: small is Flux, the o
     "latent_dim": (4, 4, 4, 4, "D: channels of the latents"),
     "ae_width": (64, 64, 128, 128, "channels of encoder and decoder"),
     "ae_steps": (2000, 2000, 20_000, 200_000, "training steps of the first stage"),
-    "ae_lr": (2e-3, 2e-3, 1e-3, 1e-4, "its peak learning rate"),
+    "ae_lr": (2e-3, 2e-3, 1e-3, 1e-4, "its peak learning rate of Adam"),
     "text_width": (64, 64, 256, 768, "E: channels of the text encoder, a multiple of 32"),
     "text_layers": (2, 2, 4, 12, "its transformer blocks"),
     "backbone": ("flux", "unet", "unet", "unet", "network of the second stage"),
@@ -72,8 +72,8 @@ HPARAMS = {  # each row is a flag; --size picks the column: small is Flux, the o
     "flux_heads": (4, 4, 8, 24, "flux: attention heads, a divisor of width / 4"),
     "steps": (1000, 1500, 50_000, 500_000, "training steps of the second stage"),
     "batch_size": (64, 64, 512, 2048, "scenes per step of either stage, over all GPUs"),
-    "lr": (2e-3, 4e-3, 3e-4, 1e-4, "peak learning rate of Adam in the second stage"),
-    "muon_lr": (0.02, 0.01, 0.01, 0.01, "peak learning rate of Muon there: most matrices"),
+    "lr": (2e-3, 4e-3, 3e-4, 1e-4, "peak learning rate of Adam there: biases, norms, outer layers"),
+    "muon_lr": (0.02, 0.01, 0.01, 0.01, "peak learning rate of Muon, in both: all other matrices"),
     "every": (500, 500, 5000, 10_000, "steps between checkpoints"),
     "sample_steps": (25, 25, 25, 50, "number of sampling steps, at most T"),
     "guidance": (5.0, 3.0, 3.0, 7.5, "w: larger is more faithful to the text and less varied"),
@@ -642,15 +642,52 @@ def build(args):
     return model.to(memory_format=torch.channels_last) if "cuda" in args.device else model
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum as a matrix (out, rest) with all singular values made about 1: rare directions learn
+    as fast as strong ones (Jordan et al. 2024). Weight decay keeps the weights small."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        for p in group["params"]:
+            if p.grad is not None:
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                m.lerp_(p.grad, 0.05)
+                x = F.normalize(p.grad.lerp(m, 0.95).flatten(1), dim=(0, 1))
+                tall = max(1, len(x) / x.shape[1])  # how many times as high as wide
+                x = x.mT if tall > 1 else x  # now x x^T is small
+                for _ in range(5):  # Newton-Schulz: a polynomial that takes them to about 1
+                    a = x @ x.mT
+                    a = torch.addmm(a, a, a, beta=-4.775, alpha=2.0315)  # 2.0315 a a - 4.775 a
+                    x = torch.addmm(x, a, x, beta=3.4445)  # 3.4445 x + a x
+                x = x.mT if tall > 1 else x
+                p.mul_(1 - 0.3 * group["lr"])
+                p.sub_(x.reshape(p.shape), alpha=group["lr"] * tall**0.5)
+
+
+def optimizers(net, outside, lr, muon_lr, ckpt=None):
+    """Muon for the matrices inside the network; Adam for the rest: biases, norms, and what is named
+    in `outside`. Their state is that of the checkpoint, if there is one."""
+    matrices, others = [], []
+    for name, p in net.named_parameters():
+        inside = p.ndim > 1 and not any(f".{part}." in f".{name}." for part in outside)
+        (matrices if inside else others).append(p)
+    opts = [Muon(matrices, muon_lr), torch.optim.Adam(others, lr, (0.9, 0.95), fused=True)]
+    for opt, state in zip(opts, ckpt["optimizer"] if ckpt else []):
+        opt.load_state_dict(state)
+    return opts
+
+
 def train_autoencoder(args, model, ckpt):
     """Train encoder and decoder; the KL term has weight 1e-4."""
     images, _, _ = load_scenes(args.scenes, "train", "seen", args)
     test = to_float(load_scenes(500, "test", "all", args)[0])
     net, B = model.autoencoder, args.batch_size
-    opt = torch.optim.Adam(net.parameters(), args.ae_lr, (0.9, 0.95), fused=True)
+    opts = optimizers(net, ["encoder.0", "decoder.6"], args.ae_lr, args.muon_lr, ckpt)
     start = ckpt["step"] if ckpt else 0
-    if ckpt:
-        opt.load_state_dict(ckpt["optimizer"])
     if args.compile:
         net.compile()
     ddp = DistributedDataParallel(net) if WORLD > 1 else net
@@ -663,35 +700,24 @@ def train_autoencoder(args, model, ckpt):
         index = torch.randint(len(images), (B,), device=args.device)[RANK::WORLD]
         noise = torch.randn(B, args.latent_dim, 8, 8, device=args.device)[RANK::WORLD]
         x = to_float(images[index])
-        for group in opt.param_groups:  # warm up for 100 steps, then down to almost 0
-            group["lr"] = args.ae_lr * min(1, step / 100) * (1 - (step - 1) / args.ae_steps)
         with autocast(args):
             back, kl = ddp(x, noise)
             loss = F.mse_loss(back, x) + 1e-4 * kl
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad()
+        rate = min(1, step / 100) * (1 - (step - 1) / args.ae_steps)  # warm up, then to almost 0
+        for opt in opts:
+            opt.param_groups[0]["lr"] = rate * opt.defaults["lr"]
+            opt.step()
+            opt.zero_grad()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.5f}")
         if RANK == 0 and (step % args.every == 0 or step == args.ae_steps):
-            save_checkpoint(args, step, ema=model.state_dict(), optimizer=opt.state_dict())
+            save_checkpoint(args, step, ema=model.state_dict(),
+                            optimizer=[opt.state_dict() for opt in opts])
             with torch.no_grad():
                 error = F.mse_loss(net(test)[0], test)
             tqdm.write(f"step {step:,}: squared error {error:.5f} in scenes of test digits")
-
-
-def optimizers(denoiser, args):
-    """Muon for matrices, but for embeddings, first and last layer: it makes all singular values of
-    a step about 1, so that rare directions learn as fast as strong ones (Jordan et al. 2024). Adam
-    for the rest, convolutions too."""
-    outside = ("encoder.word", "encoder.place", "backbone.image")
-    matrices, others = [], []
-    for name, p in denoiser.named_parameters():
-        inside = p.ndim == 2 and not name.startswith(outside)
-        (matrices if inside else others).append(p)
-    return [torch.optim.Muon(matrices, args.muon_lr, weight_decay=0.3),
-            torch.optim.Adam(others, args.lr, (0.9, 0.95), fused=True)]
 
 
 def train_denoiser(args, model, ckpt):
@@ -708,12 +734,11 @@ def train_denoiser(args, model, ckpt):
         autoencoder.scale.copy_(z.std())
         z = (z - autoencoder.shift) / autoencoder.scale
     net = copy.deepcopy(model.denoiser).train()
-    opts = optimizers(net, args)
+    outside = ["word", "encoder.place", "conv_in", "conv_out", "image_in", "image_out"]
+    opts = optimizers(net, outside, args.lr, args.muon_lr, ckpt)
     start = ckpt["step"] if ckpt else 0
     if ckpt:
         net.load_state_dict(ckpt["model"])
-        for opt, state in zip(opts, ckpt["optimizer"]):
-            opt.load_state_dict(state)
     if args.compile:
         net.compile()
     ddp = DistributedDataParallel(net) if WORLD > 1 else net

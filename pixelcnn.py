@@ -55,7 +55,7 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "hidden": (64, 256, "channels before the logits"),
     "steps": (3800, 60_000, "training steps"),
     "batch_size": (8, 128, "images per step, over all GPUs"),
-    "lr": (6e-3, 1e-3, "peak learning rate of Adam: biases, embeddings, first and last layer"),
+    "lr": (6e-3, 1e-3, "peak learning rate of Adam: biases, tables, logits"),
     "muon_lr": (0.015, 0.01, "peak learning rate of Muon: all other matrices"),
     "every": (500, 2000, "steps between checkpoints"),
     "guidance": (1.5, 1.5, "w: larger is more typical and less varied; 1 is off"),
@@ -358,21 +358,24 @@ class Muon(torch.optim.Optimizer):
                 x = x.mT if tall > 1 else x  # now x x^T is small
                 for _ in range(5):  # Newton-Schulz: a polynomial that takes them to about 1
                     a = x @ x.mT
-                    x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
+                    a = torch.addmm(a, a, a, beta=-4.775, alpha=2.0315)  # 2.0315 a a - 4.775 a
+                    x = torch.addmm(x, a, x, beta=3.4445)  # 3.4445 x + a x
                 x = x.mT if tall > 1 else x
                 p.mul_(1 - 0.3 * group["lr"])
                 p.sub_(x.reshape(p.shape), alpha=group["lr"] * tall**0.5)
 
 
-def optimizers(model, args):
-    """Muon for the matrices of blocks, across and hidden layer; Adam for the rest: biases,
-    embeddings, tables of position and class, the first convolution and the logits."""
+def optimizers(net, outside, lr, muon_lr, ckpt=None):
+    """Muon for the matrices inside the network; Adam for the rest: biases, norms, and what is named
+    in `outside`. Their state is that of the checkpoint, if there is one."""
     matrices, others = [], []
-    for name, p in model.named_parameters():
-        inside = name.startswith(("blocks", "across", "hidden")) and "label" not in name
-        (matrices if inside and p.ndim > 1 else others).append(p)
-    return [Muon(matrices, args.muon_lr),
-            torch.optim.Adam(others, args.lr, (0.9, 0.95), fused=True)]
+    for name, p in net.named_parameters():
+        inside = p.ndim > 1 and not any(f".{part}." in f".{name}." for part in outside)
+        (matrices if inside else others).append(p)
+    opts = [Muon(matrices, muon_lr), torch.optim.Adam(others, lr, (0.9, 0.95), fused=True)]
+    for opt, state in zip(opts, ckpt["optimizer"] if ckpt else []):
+        opt.load_state_dict(state)
+    return opts
 
 
 @torch.no_grad()
@@ -396,13 +399,12 @@ def train(args, ckpt=None):
             layer.bias.copy_((count / count.sum()).log())
             layer.weight.zero_()
     ema = copy.deepcopy(model).requires_grad_(False).eval()  # averaged weights: better samples
-    opts = optimizers(model, args)
+    outside = ["embeddings", "position", "class_bias", "label", "earlier", "logits"]
+    opts = optimizers(model, outside, args.lr, args.muon_lr, ckpt)
     start = ckpt["step"] if ckpt else 0
     if ckpt:
         model.load_state_dict(ckpt["model"])
         ema.load_state_dict(ckpt["ema"])
-        for opt, state in zip(opts, ckpt["optimizer"]):
-            opt.load_state_dict(state)
     say(f"{args.device}: {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(images):,} images of {args.data}, {args.steps:,} steps of {args.batch_size}")
     if args.compile:

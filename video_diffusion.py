@@ -533,20 +533,24 @@ class Muon(torch.optim.Optimizer):
                 x = x.mT if tall > 1 else x  # now x x^T is small
                 for _ in range(5):  # Newton-Schulz: a polynomial that takes them to about 1
                     a = x @ x.mT
-                    x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
+                    a = torch.addmm(a, a, a, beta=-4.775, alpha=2.0315)  # 2.0315 a a - 4.775 a
+                    x = torch.addmm(x, a, x, beta=3.4445)  # 3.4445 x + a x
                 x = x.mT if tall > 1 else x
                 p.mul_(1 - 0.3 * group["lr"])
                 p.sub_(x.reshape(p.shape), alpha=group["lr"] * tall**0.5)
 
 
-def optimizers(model, args):
-    """Muon for the matrices inside the network; Adam for biases, norms, first and last layer."""
+def optimizers(net, outside, lr, muon_lr, ckpt=None):
+    """Muon for the matrices inside the network; Adam for the rest: biases, norms, and what is named
+    in `outside`. Their state is that of the checkpoint, if there is one."""
     matrices, others = [], []
-    for name, p in model.named_parameters():
-        inside = p.ndim > 1 and not name.startswith("conv_")
+    for name, p in net.named_parameters():
+        inside = p.ndim > 1 and not any(f".{part}." in f".{name}." for part in outside)
         (matrices if inside else others).append(p)
-    return [Muon(matrices, args.muon_lr),
-            torch.optim.Adam(others, args.lr, (0.9, 0.95), fused=True)]
+    opts = [Muon(matrices, muon_lr), torch.optim.Adam(others, lr, (0.9, 0.95), fused=True)]
+    for opt, state in zip(opts, ckpt["optimizer"] if ckpt else []):
+        opt.load_state_dict(state)
+    return opts
 
 
 def build(args):
@@ -567,13 +571,11 @@ def train(args, ckpt=None):
     torch.manual_seed(args.seed)
     model = build(args)
     ema = copy.deepcopy(model).requires_grad_(False).eval()  # averaged weights: better samples
-    opts = optimizers(model, args)
+    opts = optimizers(model, ["conv_in", "conv_out"], args.lr, args.muon_lr, ckpt)
     start = ckpt["step"] if ckpt else 0
     if ckpt:
         model.load_state_dict(ckpt["model"])
         ema.load_state_dict(ckpt["ema"])
-        for opt, state in zip(opts, ckpt["optimizer"]):
-            opt.load_state_dict(state)
     say(f"{args.device}: {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(clips):,} clips of {args.data}, {args.steps:,} steps of {args.batch_size}")
     if args.compile:

@@ -319,17 +319,20 @@ class Muon(torch.optim.Optimizer):
                 x = x.mT if tall > 1 else x  # now x x^T is small
                 for _ in range(5):  # Newton-Schulz: a polynomial that takes them to about 1
                     a = x @ x.mT
-                    x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
+                    a = torch.addmm(a, a, a, beta=-4.775, alpha=2.0315)  # 2.0315 a a - 4.775 a
+                    x = torch.addmm(x, a, x, beta=3.4445)  # 3.4445 x + a x
                 x = x.mT if tall > 1 else x
                 p.mul_(1 - 0.3 * group["lr"])
                 p.sub_(x.reshape(p.shape), alpha=group["lr"] * tall**0.5)
 
 
-def optimizers(net, inside, lr, muon_lr, ckpt=None):
-    """Muon for the matrices of the modules `inside`; Adam for the rest: biases, norms, embeddings,
-    first and last layer. Their state is that of the checkpoint, if there is one."""
-    matrices = [p for module in inside for p in module.parameters() if p.ndim > 1]
-    others = [p for p in net.parameters() if all(p is not m for m in matrices)]
+def optimizers(net, outside, lr, muon_lr, ckpt=None):
+    """Muon for the matrices inside the network; Adam for the rest: biases, norms, and what is named
+    in `outside`. Their state is that of the checkpoint, if there is one."""
+    matrices, others = [], []
+    for name, p in net.named_parameters():
+        inside = p.ndim > 1 and not any(f".{part}." in f".{name}." for part in outside)
+        (matrices if inside else others).append(p)
     opts = [Muon(matrices, muon_lr), torch.optim.Adam(others, lr, (0.9, 0.95), fused=True)]
     for opt, state in zip(opts, ckpt["optimizer"] if ckpt else []):
         opt.load_state_dict(state)
@@ -346,7 +349,8 @@ def train_codes(args, model, images, ckpt):
     """First stage: model.autoencoder."""
     net = model.autoencoder
     test, _ = test_set(args, 1000)
-    opts = optimizers(net, [net.encoder[1:], net.decoder[:-1]], args.codes_lr, args.muon_lr, ckpt)
+    outer = ["encoder.0", f"decoder.{len(net.decoder) - 1}"]  # first and last layer
+    opts = optimizers(net, outer, args.codes_lr, args.muon_lr, ckpt)
     start = ckpt["step"] if ckpt else 0
     if not ckpt:
         some = images[torch.randperm(len(images))[:1000].to(args.device)]
@@ -390,7 +394,7 @@ def train_prior(args, model, images, labels, ckpt):
     """Second stage: a prior over codes, which no longer change. Its average is model.prior."""
     prior = copy.deepcopy(model.prior)
     model.prior.requires_grad_(False)
-    opts = optimizers(prior, prior.layers, args.lr, args.muon_lr, ckpt)
+    opts = optimizers(prior, ["code", "label", "place", "head"], args.lr, args.muon_lr, ckpt)
     start = ckpt["step"] if ckpt else 0
     if ckpt:
         prior.load_state_dict(ckpt["model"])

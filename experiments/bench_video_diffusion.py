@@ -71,7 +71,7 @@ def main(argv=None):
         except ImportError as e:
             print(f"{name}: not measured, {e}")
             continue
-        opts = (vd.optimizers(model, args) if make is ours
+        opts = (vd.optimizers(model, ["conv_in", "conv_out"], args.lr, args.muon_lr) if make is ours
                 else [torch.optim.Adam(model.parameters(), 1e-4, fused=True)])
         ema = copy.deepcopy(model).requires_grad_(False)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = {  # different in every lesson by design
-    "main", "parse_args", "build", "optimizers", "train", "train_autoencoder", "sample", "generate",
-    "save_samples", "HPARAMS", "CHOICES", "SIZES", "URLS", "VERBS"}
+    "main", "parse_args", "build", "train", "train_autoencoder", "sample", "generate", "save_samples",
+    "HPARAMS", "CHOICES", "SIZES", "URLS", "VERBS"}
 
 
 def definitions(path):

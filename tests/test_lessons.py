@@ -41,15 +41,17 @@ LESSONS = {  # flags of a tiny network, and its data
 SCENES = ["dalle_mini", "latent_diffusion"]  # samples of prompts, not of classes
 STAGES = {"vqvae": "prior.", "dalle_mini": "transformer.", "latent_diffusion": "denoiser."}
 USE = {name: ["--sample"] for name in LESSONS} | {"fid": ["own.npz", "own.npz"]}  # a checkpoint
-ADAM = {  # who has matrices outside the network's inside, which are not Muon's
-    "pixelcnn": "position class_bias embeddings.0.weight conv.weight logits.0.weight "
-                "blocks.0.label.weight blocks.1.label.weight",
-    "ddpm": "conv_in.weight conv_out.weight label.weight",
-    "video_diffusion": "conv_in.weight conv_out.weight",
-    "vqvae": "code.weight label.weight place head.weight",
-    "dalle_mini": "word.weight code.weight place row col word_head.weight code_head.weight",
-    "latent_diffusion": "encoder.word.weight encoder.place backbone.image_in.weight "
-                        "backbone.image_out.weight"}
+ADAM = {  # who has matrices outside the network's inside, which are not Muon's, stage by stage
+    "pixelcnn": ["position class_bias embeddings.0.weight logits.0.weight blocks.0.label.weight "
+                 "blocks.1.label.weight"],
+    "ddpm": ["conv_in.weight conv_out.weight label.weight"],
+    "video_diffusion": ["conv_in.weight conv_out.weight"],
+    "vqvae": ["encoder.0.weight decoder.5.weight", "code.weight label.weight place head.weight"],
+    "dalle_mini": ["encoder.0.weight decoder.6.weight", "word.weight code.weight place row col "
+                   "word_head.weight code_head.weight"],
+    "latent_diffusion": ["encoder.0.weight decoder.6.weight", "encoder.word.weight encoder.place "
+                         "backbone.image_in.weight backbone.image_out.weight"]}
+OPTIMIZERS = {name: [] for name in ADAM}  # of the trainings below: (network, its optimizers)
 each_lesson = pytest.mark.parametrize("name", LESSONS)
 SAMPLERS = [name for name in LESSONS if name != "fid"]
 each_sampler = pytest.mark.parametrize("name", SAMPLERS)
@@ -85,8 +87,13 @@ def trained(folder):
             save(*args, **state)
             shutil.copy(out / "model.pt", out / f"{next(number)}.pt")
 
+        def optimizers_kept(net, *args, make=getattr(module, "optimizers", None)):
+            OPTIMIZERS[name].append((net, make(net, *args)))
+            return OPTIMIZERS[name][-1][1]
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "save_checkpoint", save_and_keep)
+            patch.setattr(module, "optimizers", optimizers_kept, raising=False)
             call(module, *flags(name, 40, "--every", 20, "--out", out), cwd=folder)
     return folder / "whole"
 
@@ -195,8 +202,7 @@ def test_learning_rates_warm_up_and_decay(name, trained):
     """Over 100 steps, and over all: in the middle and at the end of 40."""
     for file, share in (("1.pt" if name in STAGES else "0.pt", 21 / 40), ("model.pt", 1 / 40)):
         ckpt = lesson(name).load_checkpoint(trained / name / file)
-        states = ckpt["optimizer"] if name in ADAM else [ckpt["optimizer"]]
-        for flag, state in zip(("lr",) if len(states) == 1 else ("muon_lr", "lr"), states):
+        for flag, state in zip(("muon_lr", "lr"), ckpt["optimizer"]):
             rate = state["param_groups"][0]["lr"] / ckpt["config"][flag]
             assert rate == pytest.approx(ckpt["step"] / 100 * share)
 
@@ -205,23 +211,15 @@ def test_learning_rates_warm_up_and_decay(name, trained):
 def test_each_parameter_has_one_optimizer(name, trained):
     """Muon has the matrices inside the network, Adam all else, and each its own learning rate."""
     module = lesson(name)
-    config = module.load_checkpoint(trained / name / "model.pt")["config"]
-    args = module.parse_args(["--lr", "0.5", "--muon-lr", "0.25"], config)
-    net = module.build(args).get_submodule(STAGES.get(name, "")[:-1])
-    which = (net.layers, args.lr, args.muon_lr) if name == "vqvae" else (args,)
-    muon, adam = module.optimizers(net, *which)
+    assert len(OPTIMIZERS[name]) == len(ADAM[name])
+    for (net, (muon, adam)), outside in zip(OPTIMIZERS[name], ADAM[name]):
+        assert type(muon) is module.Muon and type(adam) is torch.optim.Adam
+        muon, adam = ({*map(id, opt.param_groups[0]["params"])} for opt in (muon, adam))
+        assert not muon & adam and muon | adam == {*map(id, net.parameters())}
+        large = {key for key, p in net.named_parameters() if p.ndim > 1 and id(p) in adam}
+        assert large == {*outside.split()}
+    muon, adam = module.optimizers(net, [], 0.5, 0.25)
     assert (muon.defaults["lr"], adam.defaults["lr"]) == (0.25, 0.5)
-    muon, adam = ({*map(id, opt.param_groups[0]["params"])} for opt in (muon, adam))
-    assert not muon & adam and muon | adam == {*map(id, net.parameters())}
-    large = {key for key, p in net.named_parameters() if p.ndim > 1 and id(p) in adam}
-    assert large == {*ADAM[name].split()}
-
-
-def test_the_codes_of_vqvae_have_both_optimizers(trained):
-    """In the first stage, Adam's only matrices are the first and the last layer's."""
-    _, adam = lesson("vqvae").load_checkpoint(trained / "vqvae/0.pt")["optimizer"]
-    moments = [state["exp_avg"] for state in adam["state"].values()]
-    assert [tuple(m.shape) for m in moments if m.ndim > 1] == [(4, 1, 4, 4), (4, 1, 4, 4)]
 
 
 def test_a_torn_write_leaves_the_old_checkpoint(trained, tmp_path, monkeypatch):
@@ -262,11 +260,9 @@ def test_two_processes_are_one(name, folder, doubled):
     assert doubled.wait(timeout=600) == 0, (folder / "two.txt").read_text()
     moments = []
     for out in ("one", "two"):
-        state = lesson(name).load_checkpoint(folder / out / name / "model.pt")["optimizer"]
-        states = [s for part in (state if isinstance(state, list) else [state])
-                  for s in part["state"].values()]
-        moments.append(torch.cat([s.get("exp_avg", s.get("momentum_buffer")).flatten()
-                                  for s in states]))
+        opts = lesson(name).load_checkpoint(folder / out / name / "model.pt")["optimizer"]
+        moments.append(torch.cat([state["exp_avg"].flatten() for opt in opts
+                                  for state in opt["state"].values()]))
     assert (moments[0] - moments[1]).norm() < 0.1 * moments[0].norm()
 
 
