@@ -452,6 +452,12 @@ def optimizers(net, outside, lr, muon_lr, ckpt=None):
     return opts
 
 
+@torch.no_grad()
+def ema_update(ema, model, step):
+    """Polynomial averaging (Shamir & Zhang 2013): over about the last tenth of the training."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 10 / (step + 10))
+
+
 def train_autoencoder(args, model, ckpt):
     """First stage: encoder, codebook and decoder."""
     images, _, _ = load_scenes(args.scenes, "train", "seen", args)
@@ -544,12 +550,6 @@ def train_transformer(args, model, ckpt):
                        f"scenes of test digits, {nats[1] / math.log(2):.3f} if pairs are held out")
             drawn = generate(args, model, [prompt for prompt in PROMPTS for _ in range(8)])
             save_picture(args.out / f"step_{step:06}.png", grid(drawn, 8))
-
-
-@torch.no_grad()
-def ema_update(ema, model, step):
-    """Polynomial averaging (Shamir & Zhang 2013): over about the last tenth of the training."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 10 / (step + 10))
 
 
 # ---- 6. Drawing with a trained model -------------------------------------------------------------

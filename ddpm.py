@@ -294,6 +294,13 @@ def sample(model, x, y, args, on_step=None):
 # ---- 6. Training ---------------------------------------------------------------------------------
 
 
+def build(args):
+    model = UNet(args.shape[0], args.classes, args.patch, args.width, args.mults, args.blocks,
+                 args.attention, args.dropout).to(args.device)
+    # channels last is the layout that tensor cores read; on a CPU it is slower
+    return model.to(memory_format=torch.channels_last) if "cuda" in args.device else model
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum as a matrix (out, rest) with all singular values made about 1: rare directions learn
     as fast as strong ones (Jordan et al. 2024). Weight decay keeps the weights small."""
@@ -331,13 +338,6 @@ def optimizers(net, outside, lr, muon_lr, ckpt=None):
     for opt, state in zip(opts, ckpt["optimizer"] if ckpt else []):
         opt.load_state_dict(state)
     return opts
-
-
-def build(args):
-    model = UNet(args.shape[0], args.classes, args.patch, args.width, args.mults, args.blocks,
-                 args.attention, args.dropout).to(args.device)
-    # channels last is the layout that tensor cores read; on a CPU it is slower
-    return model.to(memory_format=torch.channels_last) if "cuda" in args.device else model
 
 
 @torch.no_grad()

@@ -681,6 +681,12 @@ def optimizers(net, outside, lr, muon_lr, ckpt=None):
     return opts
 
 
+@torch.no_grad()
+def ema_update(ema, model, step):
+    """Polynomial averaging (Shamir & Zhang 2013): over about the last tenth of the training."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 10 / (step + 10))
+
+
 def train_autoencoder(args, model, ckpt):
     """Train encoder and decoder; the KL term has weight 1e-4."""
     images, _, _ = load_scenes(args.scenes, "train", "seen", args)
@@ -781,12 +787,6 @@ def held_out_loss(args, model, images, texts):
     eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0)).to(args.device)
     t = training_times(torch.arange(0.5, len(z0), device=args.device) / len(z0), args.objective)
     return denoising_loss(model.denoiser, z0, text, t, eps, args.objective).item()
-
-
-@torch.no_grad()
-def ema_update(ema, model, step):
-    """Polynomial averaging (Shamir & Zhang 2013): over about the last tenth of the training."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 10 / (step + 10))
 
 
 # ---- 9. Drawing with a trained model -------------------------------------------------------------

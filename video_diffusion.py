@@ -65,7 +65,7 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "batch_size": (8, 64, "clips per step, over all GPUs"),
     "lr": (3e-3, 5e-4, "peak learning rate of Adam: biases, norms, first and last layer"),
     "muon_lr": (0.03, 0.03, "peak learning rate of Muon: all other matrices"),
-    "every": (500, 2000, "steps between checkpoints"),
+    "every": (1000, 2000, "steps between checkpoints"),
     "sample_steps": (40, 40, "number of sampling steps, at most T"),
     "guidance": (2.0, 2.0, "w: how strongly frames follow one another; 1: as trained"),
 }
@@ -514,6 +514,11 @@ def sample(model, clean, given, rays, args):
 # ---- 7. Training (slide Video diffusion models: "train on 2D, then video") -----------------------
 
 
+def build(args):
+    model = VideoUNet(args.shape[1], args.patch, args.width, args.mults, args.blocks, args.heads)
+    return model.to(args.device)
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum as a matrix (out, rest) with all singular values made about 1: rare directions learn
     as fast as strong ones (Jordan et al. 2024). Weight decay keeps the weights small."""
@@ -551,11 +556,6 @@ def optimizers(net, outside, lr, muon_lr, ckpt=None):
     for opt, state in zip(opts, ckpt["optimizer"] if ckpt else []):
         opt.load_state_dict(state)
     return opts
-
-
-def build(args):
-    model = VideoUNet(args.shape[1], args.patch, args.width, args.mults, args.blocks, args.heads)
-    return model.to(args.device)
 
 
 @torch.no_grad()

@@ -345,7 +345,7 @@ def ema_update(ema, model, step):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 10 / (step + 10))
 
 
-def train_codes(args, model, images, ckpt):
+def train_autoencoder(args, model, images, ckpt):
     """First stage: model.autoencoder."""
     net = model.autoencoder
     test, _ = test_set(args, 1000)
@@ -447,7 +447,7 @@ def train(args, ckpt=None):
     say(f"{args.device}: {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(images):,} images of {args.data}, {args.codes_steps:,} + {args.steps:,} steps")
     if ckpt is None or "model" not in ckpt:  # the prior's training has not begun
-        train_codes(args, model, images, ckpt)
+        train_autoencoder(args, model, images, ckpt)
         ckpt = None
     train_prior(args, model, images, labels, ckpt)
     return model
