@@ -534,6 +534,7 @@ class Muon(torch.optim.Optimizer):
                 m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
                 m.lerp_(p.grad, 0.05)
                 x = F.normalize(p.grad.lerp(m, 0.95).flatten(1), dim=(0, 1))
+                x = x.bfloat16() if x.is_cuda else x  # few CPUs are fast in bf16
                 tall = max(1, len(x) / x.shape[1])  # how many times as high as wide
                 x = x.mT if tall > 1 else x  # now x x^T is small
                 for _ in range(5):  # Newton-Schulz: a polynomial that takes them to about 1
