@@ -420,7 +420,7 @@ def train(args, ckpt=None):
         drop = torch.rand(args.batch_size, device=args.device)[RANK::WORLD]
         x = to_levels(images[index], args.levels)
         y = labels[index].masked_fill(drop < 0.1, args.classes)  # 10 % "none", which guidance needs
-        with autocast_on_gpu(args):
+        with autocast(args):
             loss = to_bits(log_prob(net, x, y).mean(), args.shape)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -655,10 +655,11 @@ def load_checkpoint(path):
         die(f"{path} is not a checkpoint, or damaged ({type(e).__name__})")
 
 
-def autocast_on_gpu(args):
-    """bf16 on GPUs that compute in it. On a CPU this network waits for memory: casts cost more."""
+def autocast(args):
+    """bf16 on GPUs and CPUs that compute in it."""
     device = args.device.split(":")[0]
-    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = (torch.cpu.get_capabilities().get("avx512_bf16", False) if device == "cpu"
+            else torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.autocast(device, torch.bfloat16, enabled=bf16)
 
 
@@ -685,8 +686,7 @@ def parse_args(argv=None, config=None):
             nargs="+" if many else None, choices=CHOICES.get(name), help=f"{text} {tuple(values)}")
     column = SIZES.index(p.parse_known_args(argv)[0].size)
     p.set_defaults(**{name: row[column] for name, row in HPARAMS.items()} | (config or {}))
-    args = p.parse_args(argv)
-    return args
+    return p.parse_args(argv)
 
 
 def main(argv=None):

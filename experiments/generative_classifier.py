@@ -68,7 +68,7 @@ def tune(args, model, images, labels, a):
         i, wrong = hard_pairs(gaps, 20)
         for group in opt.param_groups:
             group["lr"] = a.lr * min(1, step / 50) * (1 - (step - 1) / a.steps)
-        with pixelcnn.autocast_on_gpu(args):
+        with pixelcnn.autocast(args):
             nats = pixelcnn.log_prob(model, torch.cat([x[density], x[i], x[i]]).to(args.device),
                                      torch.cat([y, labels[i], wrong]).to(args.device))
         likelihood, right, other = nats.split([len(density), len(i), len(i)])
