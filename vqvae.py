@@ -315,13 +315,15 @@ class Muon(torch.optim.Optimizer):
                 m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
                 m.lerp_(p.grad, 0.05)
                 x = F.normalize(p.grad.lerp(m, 0.95).flatten(1), dim=(0, 1))
-                x = x.bfloat16() if x.is_cuda else x  # few CPUs are fast in bf16
                 tall = max(1, len(x) / x.shape[1])  # how many times as high as wide
-                x = x.mT if tall > 1 else x  # now x x^T is small
-                for _ in range(5):  # Newton-Schulz: a polynomial that takes them to about 1
-                    a = x @ x.mT
-                    a = torch.addmm(a, a, a, beta=-4.775, alpha=2.0315)  # 2.0315 a a - 4.775 a
-                    x = torch.addmm(x, a, x, beta=3.4445)  # 3.4445 x + a x
+                x = x.mT if tall > 1 else x
+                a = x @ x.mT  # small, so that all is done with it, and x comes last
+                for i in range(5):  # Newton-Schulz: polynomials that take them to about 1
+                    poly = torch.addmm(a, a, a, beta=-4.775, alpha=2.0315)  # 2.0315 a a - 4.775 a
+                    poly.diagonal().add_(3.4445)
+                    total = poly if i == 0 else poly @ total
+                    a = poly @ a @ poly  # as if x had become poly x
+                x = total @ x
                 x = x.mT if tall > 1 else x
                 p.mul_(1 - 0.3 * group["lr"])
                 p.sub_(x.reshape(p.shape), alpha=group["lr"] * tall**0.5)
