@@ -59,7 +59,7 @@ HPARAMS = {  # each row is a flag; --size picks the column
     "codes_lr": (2e-3, 5e-4, "its peak learning rate of Adam"),
     "prior_width": (128, 512, "channels of the transformer, a multiple of 32"),
     "prior_layers": (4, 12, "its layers"),
-    "steps": (800, 30_000, "training steps of the second stage"),
+    "steps": (1000, 30_000, "training steps of the second stage"),
     "batch_size": (64, 256, "its images per step, over all GPUs"),
     "lr": (2e-3, 3e-4, "its peak learning rate of Adam: biases, norms, embeddings, output layer"),
     "muon_lr": (0.02, 0.01, "peak learning rate of Muon, in both: all other matrices"),
