@@ -318,13 +318,13 @@ class Muon(torch.optim.Optimizer):
                 x = F.normalize(p.grad.lerp(m, 0.95).flatten(1), dim=(0, 1))
                 tall = max(1, len(x) / x.shape[1])  # how many times as high as wide
                 x = x.mT if tall > 1 else x
-                a = x @ x.mT  # small, so that all is done with it, and x comes last
-                for i in range(5):  # Newton-Schulz: polynomials that take them to about 1
-                    poly = torch.addmm(a, a, a, beta=-4.775, alpha=2.0315)  # 2.0315 a a - 4.775 a
+                a = x @ x.mT  # the loop needs this small matrix alone
+                for i in range(5):  # Newton-Schulz: x becomes (3.4445 - 4.775 a + 2.0315 a a) x
+                    poly = torch.addmm(a, a, a, beta=-4.775, alpha=2.0315)
                     poly.diagonal().add_(3.4445)
                     total = poly if i == 0 else poly @ total
-                    a = poly @ a @ poly  # as if x had become poly x
-                x = total @ x
+                    a = poly @ a @ poly  # x x^T of the new x
+                x = total @ x  # all five steps at once
                 x = x.mT if tall > 1 else x
                 p.mul_(1 - 0.3 * group["lr"])
                 p.sub_(x.reshape(p.shape), alpha=group["lr"] * tall**0.5)
